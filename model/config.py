@@ -1,0 +1,133 @@
+"""Typed model configuration: the only place where an architecture knob is declared."""
+import dataclasses
+
+from model.sharding import TRAIN, AxisRules
+
+# name -> (parameters, compute). Norms, softmax, router, loss and optimizer are always float32.
+PRECISION = {
+  "fp32": ("float32", "float32"),
+  "bf16": ("float32", "bfloat16"),  # float32 master weights: what TPU runs want.
+  "pure_bf16": ("bfloat16", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)
+class ModelConfig:
+  """A decoder. None means derived (see `validate`) unless the comment says that None is off."""
+  vocab_size: int | None = None  # The tokenizer's. Arrays are padded to a multiple of 128.
+  n_layers: int = 4
+  d_model: int = 256
+  n_heads: int = 4
+  n_kv_heads: int | None = None  # n_heads (MHA); fewer is GQA; 1 is MQA.
+  head_dim: int | None = None  # d_model / n_heads.
+  d_ff: int | None = None  # 8/3 d_model if gated, else 4 d_model; up to a multiple of 128.
+
+  attention: str = "gqa"  # model.attention.ATTENTION, or "module:Class".
+  attention_impl: str = "dot_product"  # model.kernels.attention.KERNEL, or "module:function".
+  ffn: str = "swiglu"  # model.ffn.FFN, or "module:Class".
+  norm: str = "rmsnorm"  # model.layers.NORM.
+  norm_position: str = "pre"  # pre | post | both (Gemma 2).
+  qk_norm: str | None = None  # A key of NORM, over each head (Qwen 3); None is off.
+  head: str = "untied"  # untied | tied to the embedding.
+  qkv_bias: bool = False
+  out_bias: bool = False
+  ffn_bias: bool = False
+
+  window: int | None = None  # Tokens that a "local" layer sees, itself included; None is off.
+  layer_pattern: tuple[str, ...] | None = None  # Of local | global, repeated over the layers.
+  attention_softcap: float | None = None  # cap * tanh(logits / cap); None is off.
+  logit_softcap: float | None = None  # The same for the output logits.
+  embed_scale: float | None = None  # Multiplies the embeddings (Gemma: sqrt(d_model)); None is off.
+  rope_theta: float = 10_000.0
+  norm_eps: float = 1e-6
+  dropout: float = 0.0  # On the embedding and on each residual branch.
+
+  init: str = "normal"  # normal (init_std) | fan_in (1/sqrt of the fan-in).
+  init_std: float = 0.02
+  precision: str = "bf16"  # A key of PRECISION: sets the next two where they are None.
+  param_dtype: str | None = None
+  compute_dtype: str | None = None
+  remat: str = "none"  # A key of model.transformer.REMAT.
+  unroll: int = 1  # Groups of layers per scan iteration: more compiles longer, and may run faster.
+
+  n_experts: int | None = None  # Read by mixture-of-experts FFNs only.
+  n_experts_per_token: int | None = None
+  rules: AxisRules = TRAIN
+
+  @property
+  def padded_vocab_size(self) -> int:
+    """Rows of the embedding and columns of the head; logits past vocab_size are never sampled."""
+    return -(-self.vocab_size // 128) * 128
+
+  @property
+  def windows(self) -> tuple[int | None, ...]:
+    """The window of each layer of one group of the pattern."""
+    return tuple(self.window if kind == "local" else None for kind in self.layer_pattern)
+
+  def validate(self) -> "ModelConfig":
+    """Resolves what is derived. Pure arithmetic: `check_names` looks the names up.
+
+    Raises:
+      ValueError: with the names, the values and the nearest valid choice.
+    """
+    for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff",
+                 "window", "unroll"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f"model.{name}={value} must be at least 1")
+    if self.n_kv_heads is None:
+      self.n_kv_heads = self.n_heads
+    if self.n_heads % self.n_kv_heads:
+      raise ValueError(f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}; "
+                       f"nearest valid n_kv_heads: {_nearest_divisors(self.n_heads, self.n_kv_heads)}")
+    if self.head_dim is None:
+      if self.d_model % self.n_heads:
+        raise ValueError(f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}: set "
+                         f"model.head_dim, or n_heads to one of {_nearest_divisors(self.d_model, self.n_heads)}")
+      self.head_dim = self.d_model // self.n_heads
+    if self.head_dim % 2:
+      raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs; nearest valid: "
+                       f"{self.head_dim - 1 or 2}, {self.head_dim + 1}")
+    if self.d_ff is None:
+      gated = self.ffn in ("swiglu", "geglu")
+      self.d_ff = -(-(8 * self.d_model if gated else 12 * self.d_model) // 3 // 128) * 128
+    self._validate_layers()
+    self._validate_precision()
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"model.dropout={self.dropout} must be in [0, 1)")
+    if self.ffn in ("swiglu", "geglu", "gelu", "relu"):
+      for name in ("n_experts", "n_experts_per_token"):
+        if getattr(self, name) is not None:
+          raise ValueError(f"model.{name}={getattr(self, name)} is not read by model.ffn={self.ffn!r}: leave it None")
+    return self
+
+  def _validate_layers(self):
+    if self.layer_pattern is None:
+      self.layer_pattern = ("global",) if self.window is None else ("local",)
+    self.layer_pattern = tuple(self.layer_pattern)
+    if not self.layer_pattern or set(self.layer_pattern) - {"local", "global"}:
+      raise ValueError(f"model.layer_pattern={self.layer_pattern} must be of 'local' and 'global'")
+    if ("local" in self.layer_pattern) != (self.window is not None):
+      raise ValueError(f"model.window={self.window} contradicts model.layer_pattern={self.layer_pattern}: "
+                       "a window is what 'local' layers see")
+    if self.n_layers % len(self.layer_pattern):
+      step = len(self.layer_pattern)
+      low = self.n_layers // step * step
+      raise ValueError(f"model.n_layers={self.n_layers} is not a multiple of the {step} layers of "
+                       f"model.layer_pattern; nearest valid: {low or step}, {low + step}")
+
+  def _validate_precision(self):
+    if self.precision not in PRECISION:
+      raise ValueError(f"model.precision={self.precision!r} is not one of {sorted(PRECISION)}")
+    param, compute = PRECISION[self.precision]
+    self.param_dtype, self.compute_dtype = self.param_dtype or param, self.compute_dtype or compute
+    for name in ("param_dtype", "compute_dtype"):
+      if getattr(self, name) not in ("float32", "bfloat16"):
+        raise ValueError(f"model.{name}={getattr(self, name)!r} is not one of float32, bfloat16")
+
+
+def _nearest_divisors(n, wanted):
+  """The divisors of n on both sides of `wanted`."""
+  divisors = [d for d in range(1, n + 1) if n % d == 0]
+  below = [d for d in divisors if d <= wanted][-1:]
+  return ", ".join(str(d) for d in below + [d for d in divisors if d > wanted][:1])

@@ -1,0 +1,40 @@
+"""Packaging: what `pip install -e .` installs, and the extras. Tool settings live in pyproject.toml."""
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "hypothesis>=6", "tensorboardX>=2.6"]
+
+setup(
+  name="assay-lm",
+  version="0.1.0",
+  description="A JAX and TPU native research codebase for language models: text to a served model, proven at each step.",
+  python_requires=">=3.11,<3.14",
+  packages=find_packages(include=["model*", "data*", "infer*", "train*", "configs*", "experiments*"]),
+  install_requires=[
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "array-record>=0.8",
+    "sentencepiece>=0.2.1",
+    "tokenizers>=0.22",
+    "tensorflow-datasets>=4.9.10",
+    "importlib_resources",  # tensorflow-datasets imports it without declaring it.
+    "pyarrow>=18",
+    "zstandard>=0.23",
+    "safetensors>=0.5",
+    "ml-collections>=1.1",
+    "absl-py>=2.1",
+    "numpy>=2",
+    "rich>=13",
+    "matplotlib>=3.9",
+    "wandb>=0.19",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]"],
+    "gpu": ["jax[cuda12]"],
+    "tensorboard": ["tensorboardX>=2.6"],
+    "test": TEST,
+    "dev": [*TEST, "ruff>=0.8"],
+  },
+)

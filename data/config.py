@@ -1,0 +1,84 @@
+"""Typed data configuration: which text, which tokenizer, how rows are cut from it."""
+import dataclasses
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SourceConfig:
+  """One named stream of documents."""
+  name: str = "text"  # What logs, weights and addresses call it.
+  kind: str = "text"  # A key of data.sources.SOURCE: text jsonl parquet tfds array_record synthetic.
+  path: str = ""  # Globs, comma-separated; {stdlib} is Python's library folder; a TFDS name or folder for tfds.
+  text_key: str = "text"  # The field or column that holds the text (jsonl, parquet, tfds).
+  split: str = "train"  # TFDS only.
+  documents: int = 1000  # Synthetic only: how many to make.
+  weight: float | None = None  # Share of the rows, relative to the others; None: tokens ** (1 / temperature).
+  max_epochs: float | None = None  # The run is refused if it would repeat this source more; None: no limit.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+  kind: str = "sentencepiece"  # sentencepiece | huggingface (a tokenizer.json).
+  path: str | None = None  # None: trained on the sources (sentencepiece only) and kept in the cache.
+  model: str = "bpe"  # bpe | unigram; what training makes.
+  vocab_size: int = 8192  # What training aims for.
+  train_bytes: int = 10_000_000  # How much text training reads, evenly from all documents.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DataConfig:
+  sources: list[SourceConfig] = dataclasses.field(default_factory=lambda: [SourceConfig()])
+  tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+  packing: str = "best_fit"  # best_fit (cuts few documents) | concat (no padding, cuts documents).
+  val_fraction: float = 0.01  # Of the documents, chosen by the hash of their content.
+  temperature: float = 1.0  # For sources without a weight: 1 is by size, large is uniform.
+  weights_from_step: tuple[tuple, ...] = ()  # ((step, (weight, ...)), ...): new weights from these steps on.
+  cache_path: str = "runs/cache"  # Tokenised shards, one folder per distinct content.
+  workers: int | None = None  # Processes that tokenise; None: one a core.
+  prefetch: int = 4  # Batches made ahead of the step.
+
+  def validate(self) -> "DataConfig":
+    """Pure arithmetic, no file is touched.
+
+    Raises:
+      ValueError: with the names, the values and the nearest valid choice.
+    """
+    if not self.sources:
+      raise ValueError("data.sources is empty: name at least one")
+    names = [s.name for s in self.sources]
+    if len(set(names)) < len(names):
+      raise ValueError(f"data.sources: names must differ, got {names}")
+    _choice("data.packing", self.packing, ("best_fit", "concat"))
+    _choice("data.tokenizer.kind", self.tokenizer.kind, ("sentencepiece", "huggingface"))
+    _choice("data.tokenizer.model", self.tokenizer.model, ("bpe", "unigram"))
+    if self.tokenizer.kind == "huggingface" and self.tokenizer.path is None:
+      raise ValueError("data.tokenizer.path=None: a huggingface tokenizer is read from its tokenizer.json")
+    if not 0 <= self.val_fraction < 1:
+      raise ValueError(f"data.val_fraction={self.val_fraction} must be in [0, 1)")
+    if self.temperature <= 0:
+      raise ValueError(f"data.temperature={self.temperature} must be above 0")
+    for i, source in enumerate(self.sources):
+      if source.weight is not None and source.weight < 0:
+        raise ValueError(f"data.sources[{i}].weight={source.weight} must not be negative")
+      if source.kind != "synthetic" and not source.path:
+        raise ValueError(f"data.sources[{i}].path is empty: kind {source.kind!r} needs one")
+    if len({s.weight is None for s in self.sources}) > 1:
+      raise ValueError(f"data.sources: give every source a weight or none; got {[s.weight for s in self.sources]}")
+    self._validate_stages()
+    return self
+
+  def _validate_stages(self):
+    last = 0
+    for stage in self.weights_from_step:
+      if len(stage) != 2 or len(stage[1]) != len(self.sources):
+        raise ValueError(f"data.weights_from_step: {stage} must be (step, one weight for each of the "
+                         f"{len(self.sources)} sources)")
+      if stage[0] <= last:
+        raise ValueError(f"data.weights_from_step: step {stage[0]} must be above {last}")
+      if min(stage[1]) < 0 or sum(stage[1]) <= 0:
+        raise ValueError(f"data.weights_from_step: weights {stage[1]} must not be negative, nor all 0")
+      last = stage[0]
+
+
+def _choice(field, value, valid):
+  if value not in valid:
+    raise ValueError(f"{field}={value!r} is not one of {list(valid)}")

@@ -369,7 +369,7 @@ def distance(a: str, b: str) -> int:
 # Help.
 
 def _teach(parser, argv):
-  """Appends every field to the parser's help: of the config on the command line, else the schema's defaults."""
+  """Puts every field into the help: of the config on the command line, else the defaults."""
   given = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
   if not given and "--config" in argv[:-1]:
     given = [argv[argv.index("--config") + 1]]

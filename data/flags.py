@@ -25,6 +25,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 import tokenize
 import traceback
 import types
@@ -393,7 +394,7 @@ def _describe(config, prefix=""):
     elif dataclasses.is_dataclass(value):
       below += _describe(value, name + ".")
     else:
-      comment = f"  # {comments[field.name]}" if comments[field.name] else ""
+      comment = f"  # {comments[field.name]}" if comments.get(field.name) else ""  # A base class has the others.
       lines.append(f"  {name:30} {type_name(types_[field.name])} = {value!r}" + comment)
   title = (inspect.getdoc(type(config)) or "").partition("\n")[0]
   if title.startswith(type(config).__name__ + "("):  # What dataclass makes up where there is none.
@@ -403,22 +404,16 @@ def _describe(config, prefix=""):
 
 @functools.cache
 def _comments(schema):
-  """Field name -> its comment in the source: of the lines just above, and at its line's end."""
-  found, above, name, depth = {}, [], None, 0
-  source = inspect.cleandoc("\n" + inspect.getsource(schema))
-  tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline)
-            if t.type not in (tokenize.INDENT, tokenize.DEDENT)]
-  for token, following in zip(tokens, tokens[1:]):
-    if token.type == tokenize.OP:
-      depth += (token.string in "([{") - (token.string in ")]}")
-    if token.type == tokenize.COMMENT:
-      comment = token.string.lstrip("# ")
-      if name is None:
-        above.append(comment)
-      else:
-        found[name].append(comment)
-    elif token.type == tokenize.NAME and name is None and following.string == ":" and depth == 0:
-      name, found[token.string], above = token.string, above, []
-    elif token.type == tokenize.NEWLINE:
-      name, above = None, []
-  return {name: " ".join(comments) for name, comments in found.items()}
+  """Field name -> its comment in the source: the lines just above it and the ends of its own."""
+  source = textwrap.dedent(inspect.getsource(schema))
+  comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
+              if t.type == tokenize.COMMENT}
+  alone = {i for i, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
+  found = {}
+  for field in ast.parse(source).body[0].body:
+    if isinstance(field, ast.AnnAssign):
+      first = field.lineno
+      while first - 1 in alone:
+        first -= 1
+      found[field.target.id] = " ".join(comments[i] for i in range(first, field.end_lineno + 1) if i in comments)
+  return found

@@ -1,0 +1,44 @@
+"""Feed-forward variants, F = d_ff. Each returns (y_BTD, aux: dict of scalars to log or add to the loss)."""
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from model.layers import bias, lift, read, weight
+
+
+class FeedForward(nnx.Module):
+  """activation(x W_up) W_down; gated: activation(x W_gate) * (x W_up) (arXiv:2002.05202)."""
+
+  def __init__(self, cfg, *, rngs, activation, gated):
+    D, F = cfg.d_model, cfg.d_ff
+    self.cfg, self.activation, self.gated = cfg, activation, gated
+    if gated:
+      self.w_gate = weight(cfg, (D, F), ("embed", "mlp"), rngs, fan_in=D)
+    self.w_up = weight(cfg, (D, F), ("embed", "mlp"), rngs, fan_in=D)
+    self.w_down = weight(cfg, (F, D), ("mlp", "embed"), rngs, fan_in=F, residual=True)
+    if cfg.ffn_bias:
+      self.b_up, self.b_down = bias(cfg, (F,), ("mlp",)), bias(cfg, (D,), ("embed",))
+
+  def __call__(self, x_BTD):
+    cfg = self.cfg
+    h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, read(cfg, self.w_up))
+    if cfg.ffn_bias:
+      h_BTF = h_BTF + lift(read(cfg, self.b_up), 3)
+    if self.gated:
+      h_BTF = self.activation(jnp.einsum("BTD,DF->BTF", x_BTD, read(cfg, self.w_gate))) * h_BTF
+    else:
+      h_BTF = self.activation(h_BTF)
+    y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, read(cfg, self.w_down), out_sharding=cfg.rules("batch", None, None))
+    y_BTD = y_BTD + lift(read(cfg, self.b_down), 3) if cfg.ffn_bias else y_BTD
+    return checkpoint_name(y_BTD, "ffn_out"), {}
+
+
+FFN = {
+  "swiglu": functools.partial(FeedForward, activation=jax.nn.silu, gated=True),
+  "geglu": functools.partial(FeedForward, activation=jax.nn.gelu, gated=True),
+  "gelu": functools.partial(FeedForward, activation=jax.nn.gelu, gated=False),
+  "relu": functools.partial(FeedForward, activation=jax.nn.relu, gated=False),
+}

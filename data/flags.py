@@ -394,7 +394,7 @@ def _describe(config, prefix=""):
     elif dataclasses.is_dataclass(value):
       below += _describe(value, name + ".")
     else:
-      comment = f"  # {comments[field.name]}" if comments.get(field.name) else ""  # A base class has the others.
+      comment = f"  # {comments[field.name]}" if comments.get(field.name) else ""
       lines.append(f"  {name:30} {type_name(types_[field.name])} = {value!r}" + comment)
   title = (inspect.getdoc(type(config)) or "").partition("\n")[0]
   if title.startswith(type(config).__name__ + "("):  # What dataclass makes up where there is none.
@@ -406,8 +406,8 @@ def _describe(config, prefix=""):
 def _comments(schema):
   """Field name -> its comment in the source: the lines just above it and the ends of its own."""
   source = textwrap.dedent(inspect.getsource(schema))
-  comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
-              if t.type == tokenize.COMMENT}
+  tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+  comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
   alone = {i for i, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
   found = {}
   for field in ast.parse(source).body[0].body:
@@ -415,5 +415,6 @@ def _comments(schema):
       first = field.lineno
       while first - 1 in alone:
         first -= 1
-      found[field.target.id] = " ".join(comments[i] for i in range(first, field.end_lineno + 1) if i in comments)
+      lines = range(first, field.end_lineno + 1)
+      found[field.target.id] = " ".join(comments[i] for i in lines if i in comments)
   return found

@@ -1,0 +1,128 @@
+"""Next-token cross-entropy that never holds the [B, T, V] logits."""
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from model.kernels.attention import HIDDEN
+
+
+class LossSpec(typing.NamedTuple):
+  """What the loss is, as a hashable constant of the program."""
+  chunk: int  # Tokens per device whose logits exist at one time.
+  vocab_size: int
+  softcap: float | None
+  z_loss: float
+  batch_axes: tuple[str, ...]  # Mesh axes that split the tokens,
+  vocab_axes: tuple[str, ...]  # and the vocabulary.
+
+
+def loss_spec(cfg, chunk: int, z_loss: float) -> LossSpec:
+  return LossSpec(chunk, cfg.vocab_size, cfg.logit_softcap, z_loss, cfg.rules.batch, cfg.rules.vocab)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cross_entropy(spec, x_BTD, head_DV, targets_BT, weights_BT):
+  """Sums, not means: the caller divides by the tokens of all micro-batches and all devices.
+
+  Chunks of tokens go through the head one after the other. Under `jax.grad` each chunk's gradient is taken while its
+  logits are at hand, so nothing is computed twice (the trick of Liger Kernel, arXiv:2410.10989).
+
+  Args:
+    x_BTD, head_DV: in the compute dtype; logits and sums are float32. The head may be split over the vocabulary.
+    weights_BT: float32, 0 where there is nothing to predict.
+
+  Returns:
+    (loss, (nll_B, z)): the weighted sum of nll + z_loss * logsumexp^2 over all tokens; and, for the eye only, the nll
+    of each row and the sum of logsumexp^2.
+  """
+  return _over_devices(spec, False, x_BTD, head_DV, targets_BT, weights_BT)[:2]
+
+
+def _forward(spec, x_BTD, head_DV, targets_BT, weights_BT):
+  loss, aux, *grads = _over_devices(spec, True, x_BTD, head_DV, targets_BT, weights_BT)
+  return (loss, aux), grads
+
+
+def _backward(spec, grads, cotangent):
+  scale, _ = cotangent
+  dx_BTD, dhead_DV = grads
+  return (dx_BTD * scale).astype(dx_BTD.dtype), (dhead_DV * scale).astype(dhead_DV.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _over_devices(spec, with_grads, x_BTD, head_DV, targets_BT, weights_BT):
+  """Runs `_on_device` on each device's tokens and slice of the vocabulary. The collectives are in there, by hand: one
+  all-reduce of the head's gradient a call, not one a chunk."""
+  vocab = spec.vocab_axes or None
+  bt, btd = jax.P(spec.batch_axes or None, None), jax.P(spec.batch_axes or None, None, None)
+  b, dv = jax.P(spec.batch_axes or None), jax.P(None, vocab)
+  out = (jax.P(), (b, jax.P())) + ((btd, dv) if with_grads else ())
+  local = functools.partial(_on_device, spec, with_grads)
+  return jax.shard_map(local, in_specs=(btd, dv, bt, bt), out_specs=out, check_vma=False)(
+      x_BTD, head_DV, targets_BT, weights_BT)
+
+
+def _on_device(spec, with_grads, x_btD, head_Dv, targets_bt, weights_bt):
+  b, t, D = x_btD.shape
+  n_chunks = -(-b * t // min(spec.chunk, b * t))
+  while b * t % n_chunks:
+    n_chunks += 1
+  split = lambda a: a.reshape(n_chunks, b * t // n_chunks, *a.shape[2:])
+  v = head_Dv.shape[1]
+  first = jax.lax.axis_index(spec.vocab_axes) * v if spec.vocab_axes else 0
+  ids_v = first + jnp.arange(v)
+
+  def one_chunk(dhead_Dv, chunk):
+    x_cD, target_c, weight_c = chunk
+    raw_cv = jnp.einsum("cD,Dv->cv", x_cD, head_Dv, preferred_element_type=jnp.float32)
+    capped_cv = raw_cv if spec.softcap is None else spec.softcap * jnp.tanh(raw_cv / spec.softcap)
+    logits_cv = jnp.where(ids_v[None] < spec.vocab_size, capped_cv, HIDDEN)
+    hit_cv = target_c[:, None] == ids_v[None]
+    top_c = _reduce(jax.lax.pmax, logits_cv.max(-1), spec.vocab_axes)
+    exp_cv = jnp.exp(logits_cv - top_c[:, None])
+    total_c = _reduce(jax.lax.psum, exp_cv.sum(-1), spec.vocab_axes)
+    hit_c = _reduce(jax.lax.psum, jnp.where(hit_cv, logits_cv, 0.0).sum(-1), spec.vocab_axes)
+    lse_c = top_c + jnp.log(total_c)
+    nll_c = (lse_c - hit_c) * weight_c
+    z_c = lse_c**2 * weight_c
+    if not with_grads:
+      return dhead_Dv, (nll_c, z_c)
+    # d(nll + z_loss lse^2) / d logits = softmax (1 + 2 z_loss lse) - one_hot.
+    share_c = weight_c * (1 + 2 * spec.z_loss * lse_c) / total_c
+    dlogits_cv = exp_cv * share_c[:, None] - jnp.where(hit_cv, weight_c[:, None], 0.0)
+    if spec.softcap is not None:
+      dlogits_cv *= 1 - (capped_cv / spec.softcap) ** 2
+    dlogits_cv = dlogits_cv.astype(x_cD.dtype)
+    dx_cD = jnp.einsum("cv,Dv->cD", dlogits_cv, head_Dv, preferred_element_type=jnp.float32)
+    dhead_Dv += jnp.einsum("cD,cv->Dv", x_cD, dlogits_cv, preferred_element_type=jnp.float32)
+    return dhead_Dv, (nll_c, z_c, dx_cD)
+
+  zeros_Dv = jnp.zeros(head_Dv.shape, jnp.float32) if with_grads else None
+  dhead_Dv, (nll, z, *dx) = jax.lax.scan(one_chunk, zeros_Dv, (split(x_btD), split(targets_bt), split(weights_bt)))
+  loss = _reduce(jax.lax.psum, nll.sum() + spec.z_loss * z.sum(), spec.batch_axes)
+  aux = nll.reshape(b, t).sum(1), _reduce(jax.lax.psum, z.sum(), spec.batch_axes)
+  if not with_grads:
+    return loss, aux
+  dx_btD = _reduce(jax.lax.psum, dx[0].reshape(b, t, D), spec.vocab_axes).astype(x_btD.dtype)
+  return loss, aux, dx_btD, _reduce(jax.lax.psum, dhead_Dv, spec.batch_axes).astype(head_Dv.dtype)
+
+
+def _reduce(collective, x, axes):
+  return collective(x, axes) if axes else x
+
+
+def next_token_loss(spec, model, batch, key=None):
+  """Args:
+    model: the merged Transformer.
+    batch: tokens, targets, positions, segments [B, T] int32; weights [B, T] float32.
+
+  Returns:
+    (loss, aux): the sum over tokens; aux has nll_B, z, and the model's own aux scalars.
+  """
+  x_BTD, aux = model(batch["tokens"], batch["positions"], batch["segments"], key=key)
+  loss, (nll_B, z) = cross_entropy(spec, x_BTD, model.head_DV(), batch["targets"], batch["weights"])
+  return loss, {"nll_B": nll_B, "z": z, **aux}

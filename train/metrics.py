@@ -132,8 +132,9 @@ class MetricsWriter:
                                        cwd=pathlib.Path(__file__).parents[1], start_new_session=True)
 
   def _say_wandb_failed(self):
-    print(f"WARNING: wandb has stopped (exit {self._wandb.returncode}, see {self.path.parent}/wandb.log); "
-          f"{self.path} is complete", file=sys.stderr)
+    log = self.path.parent / "wandb.log"
+    last = (log.read_text().strip().splitlines() or ["no message"])[-1]
+    print(f"WARNING: wandb has stopped: {last} (see {log}); {self.path} is complete", file=sys.stderr)
     self._wandb.stdin.close()
     self._wandb = None
 

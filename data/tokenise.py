@@ -1,0 +1,161 @@
+"""One unit of work of `data.prepare`: some parts of a source become two shards (train, val) and a record of them.
+
+Run as a process of its own, `python -m data.tokenise FOLDER` reads unit numbers from its input and answers each with a
+line. It is started by prepare, which thereby needs no fork (the caller may hold threads and devices) and does not
+import the caller's main module again; when prepare is killed its input closes and it ends.
+"""
+import collections
+import hashlib
+import json
+import os
+import pathlib
+import struct
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from array_record.python import array_record_module
+
+from data import sources
+from data.config import SourceConfig
+from data.tokenizer import Tokenizer, load_tokenizer
+
+BATCH_CHARS = 1 << 20  # Text given to the tokenizer at a time.
+HEADER = struct.Struct("<BHQ")  # Bytes per token id, bytes of the key, bytes of the text.
+
+
+class Record(NamedTuple):
+  """A tokenised document, as the shards hold it: header, key (UTF-8), ids (uint16 or uint32, little-endian)."""
+  key: str
+  n_bytes: int  # Of the text.
+  tokens: np.ndarray  # uint16 or uint32 [n], from the beginning marker to the end marker.
+
+  def pack(self) -> bytes:
+    key = self.key.encode()
+    return HEADER.pack(self.tokens.itemsize, len(key), self.n_bytes) + key + self.tokens.tobytes()
+
+  @classmethod
+  def unpack(cls, raw: bytes) -> "Record":
+    itemsize, n_key, n_bytes = HEADER.unpack_from(raw)
+    at = HEADER.size + n_key
+    return cls(raw[HEADER.size:at].decode(), n_bytes, np.frombuffer(raw, f"<u{itemsize}", offset=at))
+
+
+def is_validation(text: str, fraction: float) -> bool:
+  """By the content, so that copies of a document fall on one side."""
+  digest = hashlib.sha256(text.encode()).digest()
+  return int.from_bytes(digest[:8], "little") < fraction * 2**64
+
+
+class ShardWriter:
+  """Writes one shard and the lengths of its documents under temporary names; finish() puts them in place."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self._part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # One record a group: rows are read at random. Ids of a good tokenizer hardly compress.
+    self._writer = array_record_module.ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
+    self._content = hashlib.sha256()
+    self._lengths = []
+    self._n_bytes = 0
+
+  def add(self, record: Record):
+    self._writer.write(record.pack())
+    self._content.update(struct.pack("<Q", len(record.tokens)) + record.tokens.astype("<u4").tobytes())
+    self._lengths.append(len(record.tokens))
+    self._n_bytes += record.n_bytes
+
+  def finish(self) -> dict:
+    """Closes, checks what is on the disk, and renames.
+
+    Raises:
+      OSError, RuntimeError: the disk is full, or did not keep what was written.
+    """
+    self._writer.close()
+    found = array_record_module.ArrayRecordReader(str(self._part)).num_records()
+    if found != len(self._lengths):
+      raise OSError(f"{self._part}: wrote {len(self._lengths)} records, found {found}")
+    lengths = self.path.with_suffix(".lengths.npy")
+    lengths_part = lengths.with_name(f"{lengths.name}.{os.getpid()}.part")
+    with open(lengths_part, "wb") as file:
+      np.save(file, np.array(self._lengths, np.uint32))
+    files = []
+    for part, path in ((self._part, self.path), (lengths_part, lengths)):
+      with open(part, "rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+      files.append({"name": path.name, "size": part.stat().st_size, "sha256": digest})
+      part.replace(path)
+    return {"documents": len(self._lengths), "tokens": sum(self._lengths), "bytes": self._n_bytes,
+            "content": self._content.hexdigest(), "files": files}
+
+
+def tokenise_unit(folder: pathlib.Path, spec: dict, number: int, tokenizer: Tokenizer) -> dict:
+  """Makes unit `number` of a prepared source: its shards, then NUMBER.json, whose presence says that they are whole.
+
+  Args:
+    folder: of the source in the cache.
+    spec: what data.prepare wrote there as spec.json.
+
+  Returns:
+    What the JSON holds: documents read, dropped by reason, and per split the counts, files and hash of the content.
+
+  Raises:
+    OSError, RuntimeError: nothing that counts as finished is left.
+  """
+  source = SourceConfig(**spec["source"])
+  dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+  writers, dropped, batch, size, n_read = {}, collections.Counter(), [], 0, 0
+
+  def flush():
+    for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch])):
+      split = "val" if is_validation(document.text, spec["val_fraction"]) else "train"
+      if split not in writers:
+        writers[split] = ShardWriter(folder / f"{number:05d}.{split}.array_record")
+      tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
+      writers[split].add(Record(document.key, len(document.text.encode()), tokens))
+    batch.clear()
+
+  try:
+    for part in spec["units"][number]:
+      for document in sources.read(source, sources.Part(*part)):
+        n_read += 1
+        if document.text is None:
+          dropped[document.reason] += 1
+          continue
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARS:
+          flush()
+          size = 0
+    flush()
+    unit = {"read": n_read, "dropped": dict(sorted(dropped.items())),
+            "splits": {split: writer.finish() for split, writer in sorted(writers.items())}}
+    write_json(folder / f"{number:05d}.json", unit)
+  finally:
+    for left in folder.glob(f"*.{os.getpid()}.part"):
+      left.unlink()
+  return unit
+
+
+def write_json(path: pathlib.Path, value):
+  """Whole or not at all."""
+  part = path.with_name(f"{path.name}.{os.getpid()}.part")
+  with open(part, "w") as file:
+    json.dump(value, file, indent=1, sort_keys=True)
+    file.flush()
+    os.fsync(file.fileno())
+  part.replace(path)
+
+
+def main(argv=None):
+  folder = pathlib.Path((argv or sys.argv[1:])[0])
+  spec = json.loads((folder / "spec.json").read_text())
+  tokenizer = load_tokenizer(spec["tokenizer_path"], spec["tokenizer_kind"])
+  for line in sys.stdin:
+    tokenise_unit(folder, spec, int(line), tokenizer)
+    print(line.strip(), flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -21,12 +21,21 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from model.hub.orbax import (META, STATE, CheckpointError, find_newest_good, find_steps, read_meta, restore_arrays,
-                             sync_folder, write_manifest)
+from model.hub.orbax import (
+  META,
+  STATE,
+  CheckpointError,
+  find_newest_good,
+  find_steps,
+  read_meta,
+  restore_arrays,
+  sync_folder,
+  write_manifest,
+)
 from train.config import CheckpointConfig
 
-# Settings that a resumed run may change freely, and why; every other leaf changes the numbers. A name
-# stands for all leaves under it, and list indices are left out.
+# Settings that a resumed run may change freely, and why; any other one changes the numbers. A name
+# stands for all that is under it, and list indices are left out.
 FREE_TO_CHANGE = {
   "checkpoint": "when and what is kept does not touch the state",
   "log": "only what is written about the run",
@@ -60,16 +69,17 @@ class Checkpointer:
   """
 
   def __init__(self, root, config: CheckpointConfig):
-    """Opens `root` (made if missing) and removes what an earlier, killed process left half done.
+    """Opens `root` (made if missing) and removes what an earlier, killed run left half done.
 
     Attributes:
       leftovers: the names of what was removed, on process 0.
     """
     self.root, self.config = pathlib.Path(root).absolute(), config
     self.leftovers = []
-    self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True))
+    self._writer = _make_writer()
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: tuple[int, concurrent.futures.Future] | None = None
+    self._newest: int | None = None  # The step last saved or restored by this object.
     if jax.process_index() == 0:
       self.root.mkdir(parents=True, exist_ok=True)
       for path in sorted(self.root.glob("*.saving")) + sorted(self.root.glob("*.deleting")):
@@ -79,24 +89,25 @@ class Checkpointer:
   def save(self, step: int, state, meta: dict, metrics: dict | None = None) -> bool:
     """Starts a save and returns once `state` may be donated; the rest happens behind the training.
 
-    A save that is still being written is waited for. The checkpoint appears, whole, under its final name,
-    and only then are older ones deleted.
+    A save that is still being written is waited for. The checkpoint appears, whole, under its final
+    name, and only then are older ones deleted.
 
     Args:
       state: pytree of jax.Array.
       meta: goes to meta.json; keys step, time and metrics are added.
-      metrics: name -> number at this step, of which config.best names one; its lowest value is kept.
+      metrics: name -> number at this step. The lowest of the one that config.best names is kept.
 
     Returns:
-      False if this step is there already.
+      False if this step is the one that was last saved or restored.
 
     Raises:
       CheckpointError: the last save failed, or this one could not start.
     """
     self.wait()
-    if (self.root / str(step)).exists():
+    if step == self._newest:
       return False
-    text = json.dumps({**meta, "step": step, "time": time.time(), "metrics": metrics or {}}, indent=1)
+    meta = {**meta, "step": step, "time": time.time(), "metrics": metrics or {}}
+    text = json.dumps(meta, indent=1)
     part = self._part(step)
     try:
       if jax.process_index() == 0:
@@ -121,14 +132,16 @@ class Checkpointer:
       future.result()
     except Exception as e:
       raise self._failure(step, e) from e
+    self._newest = step
 
-  def restore(self, abstract_state) -> Restored | None:
+  def restore(self, abstract_state, check_meta=lambda meta: None) -> Restored | None:
     """The newest checkpoint whose bytes are right, on the mesh of `abstract_state`.
 
     Newer, damaged ones are renamed to STEP.damaged, so that their steps can be saved again.
 
     Args:
-      abstract_state: pytree of jax.ShapeDtypeStruct with NamedShardings, shaped like what was saved.
+      abstract_state: pytree of jax.ShapeDtypeStruct with NamedShardings, shaped as what was saved.
+      check_meta: called with the checkpoint's meta before any array is read; refuses it by raising.
 
     Returns:
       None if nothing was ever saved.
@@ -141,11 +154,14 @@ class Checkpointer:
     step, rejected = self._agree_on_step()
     if step is None:
       return None
+    meta = read_meta(self.root / str(step))
+    check_meta(meta)
     state = restore_arrays(self.root / str(step), abstract_state)
     if jax.process_index() == 0:
       for bad, _ in rejected:
         (self.root / str(bad)).rename(_free_name(self.root / f"{bad}.damaged"))
-    return Restored(state, read_meta(self.root / str(step)), step, rejected)
+    self._newest = step
+    return Restored(state, meta, step, rejected)
 
   def _agree_on_step(self):
     """Process 0 reads and hashes; the others take its word, so that all resume at one step."""
@@ -159,7 +175,7 @@ class Checkpointer:
     if jax.process_count() > 1:
       found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == -2:
-      raise error or CheckpointError(f"every checkpoint under {self.root} is damaged; process 0 names them")
+      raise error or CheckpointError(f"no good checkpoint under {self.root}: see process 0's error")
     return (None if found == -1 else found), rejected
 
   def _finish(self, step, meta_text):
@@ -178,7 +194,7 @@ class Checkpointer:
       shutil.rmtree(doomed)
 
   def _read_metrics(self):
-    """step -> its metrics, for the steps that are there. What is damaged has none: restore names it."""
+    """step -> its metrics. A damaged meta.json counts as none here: restore is what names it."""
     metrics = {}
     for step in find_steps(self.root):
       try:
@@ -188,18 +204,23 @@ class Checkpointer:
     return metrics
 
   def _failure(self, step, cause):
-    """The error to raise; gives back the space that the failed save took."""
+    """The error to raise; gives back the space that the failed save took, and makes a new start."""
+    self._writer = _make_writer()  # The old one would raise the rest of this failure at its next save.
     if jax.process_index() == 0:
       shutil.rmtree(self._part(step), ignore_errors=True)
-    room = ""
-    if getattr(cause, "errno", None) or "No space left" in str(cause):
-      room = f" ({shutil.disk_usage(self.root).free / 1e6:.1f} MB are free now)"
+    why = f"{type(cause).__name__}: {cause}".split(" [tensorstore_spec=")[0]
+    if "No space left" in why:
+      why += f" ({shutil.disk_usage(self.root).free / 1e6:.1f} MB are free now)"
     kept = ", ".join(map(str, find_steps(self.root))) or "none"
-    return CheckpointError(f"saving step {step} to {self.root / str(step)} failed: {type(cause).__name__}: {cause}"
-                           f"{room}; steps saved before: {kept}")
+    return CheckpointError(f"saving step {step} to {self.root / str(step)} failed: {why}; "
+                           f"steps that are saved: {kept}")
 
   def _part(self, step):
     return self.root / f"{step}.saving"
+
+
+def _make_writer():
+  return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -211,16 +232,18 @@ class _Info:
 
 
 def select_for_deletion(metrics: dict[int, dict], config: CheckpointConfig) -> list[int]:
-  """The steps to delete: neither among the last, nor on the grid, nor the best. NaN is never the best."""
+  """The steps to delete: not among the last, not on the grid, not the best (NaN never is)."""
   policies = [keep.LatestN(config.keep_last)]
   if config.keep_every is not None:
     policies.append(keep.EveryNSteps(config.keep_every))
   if config.best is not None:
     policies.append(keep.BestN(get_metric_fn=lambda m: m[config.best], reverse=True, n=1,
                                keep_checkpoints_without_metrics=False))
-  infos = [_Info(step, m if math.isfinite(m.get(config.best, math.nan)) else None) for step, m in sorted(metrics.items())]
-  kept = keep.AnyPreservationPolicy(policies).should_preserve(infos, context=keep.PreservationContext())
-  return [info.step for info, stays in zip(infos, kept) if not stays]
+  infos = [_Info(step, m if math.isfinite(m.get(config.best, math.nan)) else None)
+           for step, m in sorted(metrics.items())]
+  stays = keep.AnyPreservationPolicy(policies).should_preserve(
+    infos, context=keep.PreservationContext())
+  return [info.step for info, stay in zip(infos, stays) if not stay]
 
 
 def _free_name(path):
@@ -230,15 +253,19 @@ def _free_name(path):
 
 # Settings.
 
-def diff_configs(old: dict, new: dict) -> list[tuple[str, typing.Any, typing.Any]]:
-  """(leaf, old, new) for each leaf that differs, by name; lists of sections are indexed: data.sources[0].path."""
-  old, new = _flatten(json.loads(json.dumps(old))), _flatten(json.loads(json.dumps(new)))
-  pairs = ((leaf, old.get(leaf, ABSENT), new.get(leaf, ABSENT)) for leaf in sorted(old.keys() | new.keys()))
-  return [(leaf, a, b) for leaf, a, b in pairs if repr(a) != repr(b)]
+Change = tuple[str, typing.Any, typing.Any]  # Leaf, old value, new value.
 
 
-def changed_settings(old: dict, new: dict, allowed: list[str]) -> list[tuple[str, typing.Any, typing.Any]]:
-  """(leaf, old, new) for each setting whose change would alter the numbers of a resumed run.
+def diff_configs(old: dict, new: dict) -> list[Change]:
+  """Each leaf that differs, sorted by name. Sections in lists are indexed: data.sources[0].path."""
+  old, new = (_flatten(json.loads(json.dumps(config))) for config in (old, new))
+  changes = [(leaf, old.get(leaf, ABSENT), new.get(leaf, ABSENT))
+             for leaf in sorted(old.keys() | new.keys())]
+  return [(leaf, a, b) for leaf, a, b in changes if repr(a) != repr(b)]
+
+
+def changed_settings(old: dict, new: dict, allowed: list[str]) -> list[Change]:
+  """Each setting whose change would alter the numbers of a resumed run.
 
   Args:
     old: the resolved config of the checkpoint.
@@ -270,7 +297,8 @@ def _flatten(tree, prefix=""):
 
 
 def _is_under(leaf, name):
-  return any(form == name or form.startswith((name + ".", name + "[")) for form in (leaf, re.sub(r"\[\d+\]", "", leaf)))
+  forms = leaf, re.sub(r"\[\d+\]", "", leaf)
+  return any(form == name or form.startswith((name + ".", name + "[")) for form in forms)
 
 
 if __name__ == "__main__":

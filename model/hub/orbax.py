@@ -1,9 +1,9 @@
-"""Our own checkpoints, read: which steps there are, whether every byte is what was written, the arrays.
+"""Our own checkpoints, read: which there are, whether every byte is what was written, the arrays.
 
 A run keeps them under DIR/checkpoints, which must be a file system (local, NFS, a mounted bucket):
   100/state/...      the arrays, in Orbax's format (OCDBT), readable by any Orbax
-  100/meta.json      step, time, metrics, the resolved config and what else the run said about itself
-  100/manifest.json  the length and SHA-256 of every other file; written last, so its absence is damage
+  100/meta.json      step, time, metrics, the resolved config and what else the run said of itself
+  100/manifest.json  the length and SHA-256 of every other file; without it nothing is trusted
   200.saving         a save in progress, or one that a kill cut short (removed when the run goes on)
   200.damaged        a checkpoint that failed its manifest, set aside for a human
   100.deleting       an old checkpoint on its way out
@@ -39,8 +39,8 @@ def find_checkpoints(path) -> pathlib.Path:
   for root in (path / "checkpoints", path):
     if root.is_dir() and (root.name == "checkpoints" or find_steps(root)):
       return root
-  raise FileNotFoundError(f"{path} is not a run, nor a folder of checkpoints"
-                          + ("" if path.exists() else " (it does not exist)"))
+  what = "has no checkpoints in it" if path.exists() else "does not exist"
+  raise FileNotFoundError(f"{path} {what}; give a run's folder, its checkpoints folder or one step")
 
 
 def find_steps(root) -> list[int]:
@@ -49,6 +49,11 @@ def find_steps(root) -> list[int]:
   if not root.is_dir():
     return []
   return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def is_step(path) -> bool:
+  """Whether `path` is one checkpoint, however damaged."""
+  return any((pathlib.Path(path) / name).exists() for name in (STATE, META, MANIFEST))
 
 
 def read_meta(step_dir) -> dict:
@@ -61,7 +66,8 @@ def read_meta(step_dir) -> dict:
 def write_manifest(step_dir) -> None:
   """Records every file of `step_dir`, and flushes them and the manifest to the disk."""
   step_dir = pathlib.Path(step_dir)
-  files = {name: [size, digest] for name, size, digest in _hash_files(step_dir, _list_files(step_dir), sync=True)}
+  hashed = _hash_files(step_dir, _list_files(step_dir), sync=True)
+  files = {name: [size, digest] for name, size, digest in hashed}
   part = step_dir / (MANIFEST + ".part")
   with open(part, "w") as f:
     json.dump({"format": MANIFEST_FORMAT, "hash": "sha256", "files": files}, f, indent=1)
@@ -73,13 +79,14 @@ def write_manifest(step_dir) -> None:
 
 
 def find_damage(step_dir) -> list[str]:
-  """Compares a checkpoint with its manifest, byte for byte: one line per bad file, [] if it is good."""
+  """Compares a checkpoint with its manifest, each byte: a line per bad file, [] if all is well."""
   step_dir = pathlib.Path(step_dir)
   try:
     manifest = json.loads((step_dir / MANIFEST).read_text())
-    files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
-    if (manifest["format"], manifest["hash"]) != (MANIFEST_FORMAT, "sha256"):
-      return [f"{MANIFEST}: format {manifest['format']!r} with hash {manifest['hash']!r} is not known"]
+    files = {name: (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
+    kind = manifest["format"], manifest["hash"]
+    if kind != (MANIFEST_FORMAT, "sha256"):
+      return [f"{MANIFEST}: of kind {kind}, which this version does not read"]
   except FileNotFoundError:
     return [f"{MANIFEST}: missing"]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -94,9 +101,10 @@ def find_damage(step_dir) -> list[str]:
       damage.append(f"{name}: {size} bytes, {files[name][0]} were written")
     elif digest != files[name][1]:
       damage.append(f"{name}: its {size} bytes are not those that were written (sha256 differs)")
-  if not damage and step_dir.name.isdecimal() and read_meta(step_dir)["step"] != int(step_dir.name):
-    damage.append(f"{META}: holds step {read_meta(step_dir)['step']}, but the folder is {step_dir.name}")
-  return damage
+  if damage or not step_dir.name.isdecimal():
+    return damage
+  step = read_meta(step_dir)["step"]
+  return [] if step == int(step_dir.name) else [f"{META}: is of step {step}, not {step_dir.name}"]
 
 
 def find_newest_good(root) -> tuple[pathlib.Path | None, list[tuple[int, str]]]:
@@ -116,8 +124,8 @@ def find_newest_good(root) -> tuple[pathlib.Path | None, list[tuple[int, str]]]:
     rejected.append((step, _shorten(damage)))
   if rejected:
     listing = "\n".join(f"  step {step}: {reason}" for step, reason in rejected)
-    raise CheckpointError(f"every checkpoint under {root} is damaged:\n{listing}\nRestore a copy, or move the folder "
-                          "away to start from scratch.")
+    raise CheckpointError(f"every checkpoint under {root} is damaged:\n{listing}\n"
+                          "Put a copy back, or move the folder away to start from scratch.")
   return None, []
 
 
@@ -127,10 +135,10 @@ def _list_files(step_dir):
 
 
 def _hash_files(step_dir, names, sync=False):
-  """(name, bytes, hex digest) of each file; with sync=False an OSError takes the digest's place.
+  """(name, bytes, hex digest) of each file; unless `sync`, an OSError may take the digest's place.
 
-  SHA-256 runs at 1.8 GB/s a core where the processor has instructions for it (BLAKE2b 1.2, MD5 0.8) and
-  releases the interpreter lock, so threads add up and the disk is the limit.
+  SHA-256 runs at 1.8 GB/s a core where the processor has instructions for it (BLAKE2b 1.2, MD5 0.8)
+  and releases the interpreter lock, so threads add up (two: 3.5) until the disk is the limit.
   """
   def hash_one(name):
     digest, size = hashlib.sha256(), 0
@@ -168,35 +176,39 @@ def _shorten(lines, n=3):
 
 def leaf_name(path) -> str:
   """A jax key path -> "opt_state/0/mu/blocks/w"."""
-  return "/".join(str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a))) for k in path)
+  part = lambda k: str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)))
+  return "/".join(part(k) for k in path)
 
 
 def read_tree(step_dir) -> dict:
-  """Name -> Orbax's ArrayMetadata (shape, dtype, sharding) of each saved array, without reading any."""
-  with _reader() as reader:
-    tree = reader.metadata(pathlib.Path(step_dir).absolute() / STATE).item_metadata.tree
-  return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  """Name -> Orbax's ArrayMetadata (shape, dtype, sharding) of each array, without reading it."""
+  return _name_leaves(_read_metadata(step_dir))
+
+
+def read_array(step_dir, name: str) -> np.ndarray:
+  """One array of a checkpoint, by its name in `read_tree`; needs nothing of the run's code."""
+  def choose(path, leaf):
+    wanted = leaf_name(path) == name
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if wanted else ocp.PLACEHOLDER
+
+  item = jax.tree_util.tree_map_with_path(choose, _read_metadata(step_dir))
+  return _name_leaves(_restore(step_dir, item, partial=False))[name]
 
 
 def restore_arrays(step_dir, abstract, *, partial: bool = False):
   """Reads the arrays of a checkpoint, whose manifest the caller has checked.
 
   Args:
-    abstract: a pytree of jax.ShapeDtypeStruct. Where one has a sharding, the array is born with it, on
-      any mesh; where it has none, a NumPy array is returned.
+    abstract: a pytree of jax.ShapeDtypeStruct. Where one has a sharding, the array is born with it,
+      on any mesh; where it has none, a NumPy array is returned.
     partial: `abstract` may lack parts of what was saved; only what it names is read.
 
   Raises:
     ValueError: a name, shape or dtype differs; nothing is padded, cut or cast.
   """
-  step_dir = pathlib.Path(step_dir).absolute()
-  wanted = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-  if misfits := _find_misfits(read_tree(step_dir), wanted, partial):
+  if misfits := _find_misfits(read_tree(step_dir), _name_leaves(abstract), partial):
     raise ValueError(f"checkpoint {step_dir} does not fit: {_shorten(misfits, 8)}")
-  how = jax.tree.map(_restore_args, abstract)
-  with _reader() as reader:
-    return reader.restore(step_dir / STATE, args=ocp.args.PyTreeRestore(
-      item=abstract, restore_args=how, partial_restore=partial))
+  return _restore(step_dir, abstract, partial)
 
 
 def restore_params(path, abstract_params, which: str = "params"):
@@ -208,7 +220,8 @@ def restore_params(path, abstract_params, which: str = "params"):
     which: "params", or "ema" for their moving average.
 
   Returns:
-    (params, meta, rejected): `meta["step"]` is the step; `rejected` the newer, damaged (step, reason)s.
+    (params, meta, rejected): `meta["step"]` is the step; `rejected` holds (step, reason) of the
+    newer, damaged ones, for the caller to print.
 
   Raises:
     FileNotFoundError: nothing was saved there.
@@ -216,7 +229,7 @@ def restore_params(path, abstract_params, which: str = "params"):
     ValueError: it is of another shape, or has no `which`.
   """
   step_dir, rejected = pathlib.Path(path), []
-  if (step_dir / STATE).is_dir():
+  if is_step(step_dir):
     if damage := find_damage(step_dir):
       raise CheckpointError(f"{step_dir} is damaged: {_shorten(damage)}")
   else:
@@ -228,25 +241,53 @@ def restore_params(path, abstract_params, which: str = "params"):
 
 
 def _find_misfits(saved, wanted, partial):
-  describe = lambda a: f"{np.dtype(a.dtype).name}{list(a.shape)}"
-  misfits = [f"{name} ({describe(wanted[name])}) was not saved" for name in wanted if name not in saved]
-  misfits += [f"{name} is {describe(saved[name])} there, {describe(wanted[name])} here" for name in wanted
-              if name in saved and describe(saved[name]) != describe(wanted[name])]
+  saved = {name: f"{a.dtype}{list(a.shape)}" for name, a in saved.items()}
+  wanted = {name: f"{a.dtype}{list(a.shape)}" for name, a in wanted.items()}
+  misfits = [f"{name} ({kind}) was not saved" for name, kind in wanted.items() if name not in saved]
+  misfits += [f"{name} is {saved[name]} there, {kind} here" for name, kind in wanted.items()
+              if saved.get(name, kind) != kind]
   if not partial:
-    misfits += [f"{name} ({describe(saved[name])}) has no place here" for name in saved if name not in wanted]
+    misfits += [f"{name} ({saved[name]}) has no place here" for name in saved if name not in wanted]
   return misfits
 
 
-def _restore_args(leaf):
-  if leaf.sharding is None:
-    return ocp.RestoreArgs(restore_type=np.ndarray)
-  return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+def _name_leaves(tree):
+  return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _read_metadata(step_dir):
+  with _reader() as reader:
+    return reader.metadata(_state(step_dir)).item_metadata.tree
+
+
+def _restore(step_dir, item, partial):
+  def how(leaf):
+    if getattr(leaf, "sharding", None) is None:
+      return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+  with _reader() as reader:
+    return reader.restore(_state(step_dir), args=ocp.args.PyTreeRestore(
+      item=item, restore_args=jax.tree.map(how, item), partial_restore=partial))
 
 
 def _reader():
   return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
-# Orbax tells of each step of each save in a dozen lines; its errors are kept.
-logging.getLogger("absl").addFilter(
-  lambda record: record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname)
+def _state(step_dir):
+  return pathlib.Path(step_dir).absolute() / STATE  # Orbax insists on absolute paths.
+
+
+def _hush(record):
+  """Orbax logs a dozen lines per save, and an error once per thread with its traceback.
+
+  Its errors are kept, a line each: the exception itself reaches the caller.
+  """
+  if f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname:
+    return True
+  record.exc_info = None
+  return record.levelno >= logging.ERROR
+
+
+logging.getLogger("absl").addFilter(_hush)

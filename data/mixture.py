@@ -85,6 +85,12 @@ class Mixture:
     sources = _deal(self.stages[i].counts[window % PERIOD], self.seed, i, window)[:offset]
     return self._before(i, window) + np.bincount(sources, minlength=len(self.names))
 
+  def target(self, n_rows: int) -> np.ndarray:
+    """float64 [sources], the shares that the weights ask of the first n_rows rows."""
+    ends = [*(stage.first_row for stage in self.stages[1:]), n_rows]
+    spans = [max(0, min(end, n_rows) - stage.first_row) for stage, end in zip(self.stages, ends)]
+    return sum(span * stage.shares for span, stage in zip(spans, self.stages)) / n_rows
+
   def first_row_beyond(self, source: int, n: int, n_rows: int) -> int | None:
     """The first of n_rows rows that would be the source's row number n (from 0), or None."""
     if self.counts(n_rows)[source] <= n:

@@ -28,9 +28,11 @@ import sys
 import time
 
 import numpy as np
+import rich.console
+import rich.table
 from array_record.python import array_record_module
 
-from data import sources
+from data import flags, sources
 from data.config import DataConfig, SourceConfig
 from data.tokenise import Record, is_validation, tokenise_unit, write_json
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -325,35 +327,34 @@ def _file_hash(path) -> str:
 
 
 def main(argv=None) -> int:
-  from data import flags
   parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--verify", action="store_true", help="hash every file of the cache, however large it is")
+  config, args = flags.load(parser, argv)
   try:
-    config, args = flags.load(parser, argv)
     prepared = prepare(config.data, log=lambda line: print(line, file=sys.stderr), verify=args.verify)
   except ValueError as error:
-    print(error, file=sys.stderr)
+    print(f"{parser.prog}: error: {error}", file=sys.stderr)
     return 2
   _print_table(prepared)
   return 0
 
 
 def _print_table(prepared):
-  import rich.console
-  import rich.table
   table = rich.table.Table(title=f"tokenizer {prepared.tokenizer_path}, {prepared.tokenizer.vocab_size} pieces")
-  for column in ("source", "read", "kept", "dropped", "train tokens", "val tokens", "bytes/token", "folder"):
-    table.add_column(column, justify="left" if column in ("source", "dropped", "folder") else "right",
-                     overflow="fold")
+  for column in ("source", "read", "kept", "dropped", "train tokens", "val tokens", "bytes/token"):
+    table.add_column(column, justify="left" if column in ("source", "dropped") else "right")
   for source in prepared.sources:
     manifest = source.manifest
     dropped = ", ".join(f"{reason} {n}" for reason, n in manifest["dropped"].items()) or "none"
     n_bytes, n_tokens = (sum(source.count(split, what) for split in SPLITS) for what in ("bytes", "tokens"))
     table.add_row(source.name, f"{manifest['read']:,}", f"{manifest['kept']:,}", dropped,
                   f"{source.count('train', 'tokens'):,}", f"{source.count('val', 'tokens'):,}",
-                  f"{n_bytes / n_tokens:.2f}", str(source.folder))
-  rich.console.Console().print(table)
+                  f"{n_bytes / n_tokens:.2f}")
+  console = rich.console.Console()
+  console.print(table)
+  for source in prepared.sources:
+    console.print(f"{source.name} is in {source.folder}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

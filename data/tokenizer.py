@@ -232,8 +232,8 @@ def train_tokenizer(texts: collections.abc.Iterable[str], cfg: TokenizerConfig, 
       num_threads=1,  # It is written into the file, and the pieces must not depend on the machine.
       minloglevel=2)
   except RuntimeError as error:
-    limit = re.search(r"<= (\d+)", str(error))
-    nearest = f"; nearest valid: {limit[1]}" if limit else ""
+    limit = re.search(r"<= (\d+)|\d+ vs (\d+)", str(error))
+    nearest = f"; nearest valid: {limit[1] or limit[2]}" if limit else ""
     raise ValueError(f"data.tokenizer.vocab_size={cfg.vocab_size} does not suit the text{nearest} "
                      f"(SentencePiece: {str(error).strip()})") from None
   out_path = pathlib.Path(out_path)

@@ -89,7 +89,8 @@ def make_train_step(cfg, graphdef, params):
     if ema is not None:
       ema = jax.tree.map(lambda e, p: e * cfg.optim.ema + (1 - cfg.optim.ema) * p.astype(e.dtype), ema, params)
     new = (params, opt_state, ema)
-    params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.opt_state, state.ema))
+    old = (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "sigmas": sigmas,
                "skipped": guard.skipped, "weight_B": batch["weights"].sum(1), **aux}
     return TrainState(state.step + 1, params, opt_state, ema, guard), metrics
@@ -142,11 +143,11 @@ def _watch(optim, guard, loss, grad_norm):
 
 
 def make_eval_step(cfg, graphdef):
-  """(params, batch) -> sums over the batch: nll in nats, tokens. Never through dropout."""
+  """(params, batch with bytes_B) -> sums over the batch: nll in nats, tokens, bytes. Never through dropout."""
   spec = loss_spec(cfg.model, cfg.loss_chunk, 0.0)
 
   def eval_step(params, batch):
     nll, _ = next_token_loss(spec, nnx.merge(graphdef, params), batch)
-    return {"nll": nll, "tokens": batch["weights"].sum()}
+    return {"nll": nll, "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
 
   return eval_step

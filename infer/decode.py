@@ -1,7 +1,7 @@
 """Tokens -> tokens: prefill, then decode, each compiled once per bucket of shapes.
 
-A batch lives on the device as a `State`, which every call consumes and returns (its caches are donated). A call makes
-several tokens, and its results are read while the next one runs, so the device does not wait for Python.
+A batch lives on the device as a `State`, which every call consumes and returns (its caches are donated). A
+call makes several tokens, and they are read while the next one runs: the device does not wait for Python.
 """
 import dataclasses
 import functools
@@ -65,8 +65,8 @@ class Generator:
     programs: (name, shape) -> the compiled program; nothing else is ever compiled.
   """
 
-  def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), batch_size: int = 32, prefill_chunk: int = 512,
-               steps_per_call: int = 8):
+  def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), batch_size: int = 32,
+               prefill_chunk: int = 512, steps_per_call: int = 8):
     """Args:
       cfg: of any rules; those of DECODE are used.
       params: of `model.transformer`, sharded anyhow. They are copied: cast, and one tree a layer.
@@ -181,7 +181,7 @@ class Generator:
     return jax.tree.map(lambda a: jax.device_put(a, place(self.mesh, spec(a))), tree)
 
   def _call(self, name, shape, *args):
-    """Runs the program for this shape, compiled ahead of time the first time: any other input is then an error."""
+    """Runs the program for this shape, compiled before its first use: any other input is then an error."""
     with jax.set_mesh(self.mesh):
       if (name, shape) not in self.programs:
         began = time.perf_counter()
@@ -222,8 +222,8 @@ def decode(graphdef, stop_ids, n_steps, weights, settings: Settings, cancel_B, s
   """Makes up to n_steps tokens a row, fewer if all rows end.
 
   Returns:
-    (state, (token_NB, logprob_NB, finish_NB)): token -1 where a row had ended before, finish an index of FINISH;
-    they are on every device, so that every process can read them.
+    (state, (token_NB, logprob_NB, finish_NB)): token -1 where a row had ended before, finish an index of
+    FINISH; they are on every device, so that every process can read them.
   """
   params, layers = weights
   model = nnx.merge(graphdef, params)
@@ -251,7 +251,8 @@ def decode(graphdef, stop_ids, n_steps, weights, settings: Settings, cancel_B, s
   state = dataclasses.replace(state, done_B=state.done_B | cancel_B)
   empty = lambda value, dtype: jnp.full((n_steps, cancel_B.shape[0]), value, dtype, out_sharding=nb)
   made = empty(-1, jnp.int32), empty(0, jnp.float32), empty(0, jnp.int32)
-  _, state, made = jax.lax.while_loop(lambda c: (c[0] < n_steps) & ~jnp.all(c[1].done_B), step, (0, state, made))
+  unfinished = lambda carry: (carry[0] < n_steps) & ~jnp.all(carry[1].done_B)
+  _, state, made = jax.lax.while_loop(unfinished, step, (0, state, made))
   return state, tuple(jax.sharding.reshard(a, jax.P(None, None)) for a in made)
 
 
@@ -266,8 +267,8 @@ def decode_config(cfg: ModelConfig, mesh) -> ModelConfig:
   rules, ways = DECODE, mesh.shape["tensor"]
   if cfg.n_kv_heads % ways:
     if cfg.n_kv_heads > 1:
-      raise ValueError(f"model.n_kv_heads={cfg.n_kv_heads} is not a multiple of mesh.tensor={ways}; nearest valid "
-                       f"mesh.tensor: {math.gcd(cfg.n_kv_heads, ways)}")
+      raise ValueError(f"model.n_kv_heads={cfg.n_kv_heads} is not a multiple of mesh.tensor={ways}; nearest "
+                       f"valid mesh.tensor: {math.gcd(cfg.n_kv_heads, ways)}")
     rules = dataclasses.replace(DECODE, kv_heads=())
   return dataclasses.replace(cfg, rules=rules)
 

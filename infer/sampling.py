@@ -1,8 +1,8 @@
 """Which token comes next: logits -> ids, each request of a batch by its own settings.
 
-The order is Hugging Face's: repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw. All settings are
-arrays, so one compiled program serves every mixture of them, and what no request of the batch asks for is skipped
-when it runs.
+The order is Hugging Face's: repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw. Settings
+are arrays, so one compiled program serves every mixture of them, and what no request of the batch asks for is
+skipped when it runs.
 """
 import dataclasses
 
@@ -25,6 +25,9 @@ class Sampling:
 
   def validate(self) -> "Sampling":
     """Raises ValueError with the name, the value and what is valid."""
+    for name in ("max_tokens", "top_k", "seed"):
+      if not isinstance(getattr(self, name), int | None):
+        raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
     for name, holds, valid in (
         ("max_tokens", self.max_tokens >= 1, "at least 1"),
         ("temperature", 0 <= self.temperature < np.inf, "at least 0 (which is greedy)"),
@@ -97,14 +100,15 @@ def sample(logits_BV, seen_BV, pos_B, settings: Settings):
 def penalise(logits_BV, seen_BV, penalty_B):
   """Divides positive and multiplies negative logits of what was seen (CTRL, arXiv:1909.05858)."""
   penalty_B1 = penalty_B[:, None]
-  return jnp.where(seen_BV, jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1), logits_BV)
+  penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+  return jnp.where(seen_BV, penalised_BV, logits_BV)
 
 
 def filter_logits(scores_BV, settings: Settings):
   """Puts at -inf what top-k, then top-p of the rest, then min-p take away. The likeliest token always stays.
 
-  Ties are as in Hugging Face's warpers: top-k keeps all that tie with the k-th; top-p takes away the lower ids of
-  those that tie at its border.
+  Ties are as in Hugging Face's warpers: top-k keeps all that tie with the k-th; of those that tie at its
+  border, top-p takes away the lower ids.
   """
   B, V = scores_BV.shape
   id_BV = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32)[None], (B, V))

@@ -1,4 +1,4 @@
-"""Text -> text: prompts are encoded, tokens become characters as soon as they are whole, stop strings end a text."""
+"""Text -> text: tokens become characters as soon as those are whole, and stop strings end a text."""
 import collections.abc
 import dataclasses
 
@@ -58,15 +58,23 @@ def stream(generator: Generator, tokenizer: Tokenizer, prompts: list[str],
 
 def complete(generator: Generator, tokenizer: Tokenizer, prompts: list[str],
              settings: Sampling | list[Sampling]) -> list[Completion]:
-  """What follows each prompt, when all have ended."""
-  done = [Completion() for _ in prompts]
+  """What follows each prompt."""
+  done = dict(iter_completions(generator, tokenizer, prompts, settings))
+  return [done[i] for i in range(len(prompts))]
+
+
+def iter_completions(generator: Generator, tokenizer: Tokenizer, prompts: list[str],
+                     settings: Sampling | list[Sampling]) -> collections.abc.Iterator[tuple[int, Completion]]:
+  """Yields (request, Completion) of each text as it ends."""
+  growing = [Completion() for _ in prompts]
   for piece in stream(generator, tokenizer, prompts, settings):
-    completion = done[piece.request]
+    completion = growing[piece.request]
     completion.text += piece.text
     completion.tokens.append(piece.token)
     completion.logprobs.append(piece.logprob)
-    completion.finish = piece.finish
-  return done
+    if piece.finish is not None:
+      completion.finish = piece.finish
+      yield piece.request, completion
 
 
 class Reader:

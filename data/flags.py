@@ -108,8 +108,9 @@ def read_config(path: str):
     raise ValueError(f"--config={path}{where} raised {type(e).__name__}: {e}") from e
   if not dataclasses.is_dataclass(config) or isinstance(config, type):
     raise ValueError(f"--config={path}: get_config() returned a {type(config).__name__}, not a dataclass")
-  for name, value in leaves(config).items():
-    _set(config, name, _coerce(name, value, _type(config, name)))
+  for name, value, type_ in list(_walk(config)):
+    if (right := _coerce(name, value, type_)) is not value:
+      _set(config, name, right)
   return config
 
 
@@ -121,26 +122,16 @@ def override(config, overrides: list[str]):
   """
   for text in overrides:
     name, _, value = text.partition("=")
-    known = leaves(config)
+    known = {k: type_ for k, _, type_ in _walk(config)}
     if name not in known:
       raise ValueError(_unknown_key(name, known))
-    _set(config, name, _parse(name, value, _type(config, name)))
+    _set(config, name, _parse(name, value, known[name]))
   return config
 
 
 def leaves(config) -> dict[str, object]:
   """Dotted name -> value, in the order of declaration; "a.b[0].c" in a list of dataclasses."""
-  found = {}
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if _is_sections(value):
-      for i, item in enumerate(value):
-        found |= {f"{field.name}[{i}].{k}": v for k, v in leaves(item).items()}
-    elif dataclasses.is_dataclass(value):
-      found |= {f"{field.name}.{k}": v for k, v in leaves(value).items()}
-    else:
-      found[field.name] = value
-  return found
+  return {name: value for name, value, _ in _walk(config)}
 
 
 def config_hash(config) -> str:
@@ -166,7 +157,7 @@ def from_json(schema: type, tree: dict, prefix: str = ""):
   Raises:
     ValueError: unknown keys and values of the wrong type.
   """
-  declared = typing.get_type_hints(schema)
+  declared = {field.name: field.type for field in dataclasses.fields(schema)}
   for name in tree.keys() - declared.keys():
     raise ValueError(_unknown_key(prefix + name, [prefix + n for n in declared]))
   return schema(**{k: _from_json(prefix + k, v, declared[k]) for k, v in tree.items()})
@@ -257,8 +248,17 @@ def _is_sections(value):
   return isinstance(value, list | tuple) and bool(value) and all(map(dataclasses.is_dataclass, value))
 
 
-def _type(config, name):
-  return config_path.get_type(name, config, normalize=False)
+def _walk(config, prefix=""):
+  """(name, value, type) of each leaf."""
+  for field in dataclasses.fields(config):
+    name, value = prefix + field.name, getattr(config, field.name)
+    if _is_sections(value):
+      for i, item in enumerate(value):
+        yield from _walk(item, f"{name}[{i}].")
+    elif dataclasses.is_dataclass(value):
+      yield from _walk(value, name + ".")
+    else:
+      yield name, value, field.type
 
 
 def _set(config, name, value):
@@ -347,15 +347,23 @@ def _unknown_flag(arg, parser, config):
 
 def nearest(name: str, known, most: int = 3) -> list[str]:
   """The names at the smallest edit distance from `name`, at most a quarter of its length or 2."""
-  limit = max(2, len(name) // 4)
-  distances = {k: distance(name, k) for k in known if abs(len(k) - len(name)) <= limit}
-  best = min(distances.values(), default=limit + 1)
-  return sorted(k for k, d in distances.items() if d == best <= limit)[:most]
+  best, found = max(2, len(name) // 4), []
+  for other in known:
+    d = distance(name, other, best)
+    if d < best:
+      best, found = d, []
+    if d == best:
+      found.append(other)
+  return sorted(found)[:most]
 
 
-@functools.lru_cache(100_000)
-def distance(a: str, b: str) -> int:
-  """Damerau-Levenshtein (optimal string alignment): insertions, deletions, substitutions, transpositions."""
+def distance(a: str, b: str, limit: float = float("inf")) -> float:
+  """Damerau-Levenshtein (optimal string alignment): insertions, deletions, changes, swaps of neighbours.
+
+  Anything above `limit` may come out as any number above it.
+  """
+  same = len(os.path.commonprefix([a, b]))
+  a, b = a[same:], b[same:]
   before, last = [], list(range(len(b) + 1))
   for i, x in enumerate(a, 1):
     row = [i]
@@ -363,6 +371,8 @@ def distance(a: str, b: str) -> int:
       row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
       if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
         row[-1] = min(row[-1], before[j - 2] + 1)
+    if min(row) > limit:  # No later row is smaller.
+      return limit + 1
     before, last = last, row
   return last[-1]
 
@@ -380,13 +390,13 @@ def _teach(parser, argv):
     config, source = type(read_config(_shipped()[0]))(), "a config that sets nothing"
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   parser.epilog = "\n".join([USAGE.format(source=source).rstrip(), *_describe(config), "",
-                             f"configs: {', '.join(_shipped())}"])
+                             f"configs: {', '.join(_shipped())}", *["", parser.epilog or ""]])
 
 
 def _describe(config, prefix=""):
   """Lines "  name  type = value  comment" of one section and those below it."""
   lines, below = [], []
-  comments, types_ = _comments(type(config)), typing.get_type_hints(type(config))
+  comments = _comments(type(config))
   for field in dataclasses.fields(config):
     name, value = prefix + field.name, getattr(config, field.name)
     if _is_sections(value):
@@ -395,7 +405,7 @@ def _describe(config, prefix=""):
       below += _describe(value, name + ".")
     else:
       comment = f"  # {comments[field.name]}" if comments.get(field.name) else ""
-      lines.append(f"  {name:30} {type_name(types_[field.name])} = {value!r}" + comment)
+      lines.append(f"  {name:30} {type_name(field.type)} = {value!r}" + comment)
   title = (inspect.getdoc(type(config)) or "").partition("\n")[0]
   if title.startswith(type(config).__name__ + "("):  # What dataclass makes up where there is none.
     title = ""

@@ -136,7 +136,8 @@ def _accelerator():
 
 def check_tpu_lock(lock: str = TPU_LOCK) -> Verdict:
   """Who holds the TPU, and whether libtpu's lock file outlived its process."""
-  holders = sorted(_lockers(lock) | {pid for pid in _pids() if _has_open(pid, lock)})
+  holders = _lockers(lock) | {pid for pid in _pids() if _has_open(pid, lock)}
+  holders = sorted(holders & set(_pids()) or holders)  # One that locked and is gone left it to its child.
   if holders:
     who = ", ".join(f"pid {pid} ({_command(pid)})" for pid in holders)
     return Verdict("BAD", "tpu lock", f"the TPU is held by {who}",
@@ -258,7 +259,7 @@ def check_compile_cache(path: str | None = None) -> Verdict:
 def check_git(state="ask") -> Verdict:
   state = git_state() if state == "ask" else state
   if state is None:
-    return Verdict("WARN", "git", "not a git checkout: runs cannot record their code", "git clone the project")
+    return Verdict("WARN", "git", "not a git checkout: runs cannot record their code", "use a git clone")
   return Verdict("OK", "git", state["sha"][:12] + (", with uncommitted changes" if state["dirty"] else ""))
 
 

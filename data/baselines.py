@@ -35,7 +35,7 @@ def fit_ngram(train: bytes, order: int = ORDER) -> list[Counts]:
   for n in range(1, order + 1):
     grams, gram_counts = _runs(np.sort(_grams(train, n)))
     contexts, context_types = _runs(grams >> np.uint64(8))
-    begins = np.concatenate([[0], np.cumsum(context_types)[:-1]]).astype(np.int64)
+    begins = np.cumsum(context_types) - context_types
     context_counts = np.add.reduceat(gram_counts, begins) if len(begins) else gram_counts
     tables.append(Counts(grams, gram_counts, contexts, context_counts, context_types))
   return tables

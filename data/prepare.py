@@ -34,7 +34,8 @@ from array_record.python import array_record_module
 
 from data import flags, sources
 from data.config import DataConfig, SourceConfig
-from data.tokenise import Record, is_validation, tokenise_unit, write_json
+from data.files import file_hash, write_json
+from data.tokenise import Record, is_validation, tokenise_unit
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 FORMAT = 1  # Of the cache; a change makes new folders.
@@ -173,11 +174,27 @@ def _tokenizer_path(cfg, parts, cache, log) -> pathlib.Path:
 
 
 def _training_texts(cfg, parts):
-  for source in cfg.sources:
-    for part in parts[source.name]:
-      for document in sources.read(source, part):
-        if document.text is not None and not is_validation(document.text, cfg.val_fraction):
-          yield document.text
+  """The texts of the training split.
+
+  Raises:
+    ValueError: there is none.
+  """
+  dropped = collections.Counter()
+
+  def texts():
+    for source in cfg.sources:
+      for part in parts[source.name]:
+        for document in sources.read(source, part):
+          if document.text is None:
+            dropped[f"{source.name}: {document.reason}"] += 1
+          elif not is_validation(document.text, cfg.val_fraction):
+            yield document.text
+
+  found = texts()
+  first = next(found, None)
+  if first is None:
+    raise ValueError(f"data.sources: no document to train a tokenizer on; dropped {dict(dropped)}")
+  return itertools.chain([first], found)
 
 
 def _group(parts: list) -> list[list]:
@@ -203,6 +220,8 @@ def _prepare_source(cfg, source, parts, tokenizer_path, tokenizer, log, verify) 
     if not (folder / "manifest.json").exists():
       spec = {"source": _identity(source), "units": _group(parts), "val_fraction": cfg.val_fraction,
               "tokenizer_path": str(tokenizer_path), "tokenizer_kind": cfg.tokenizer.kind}
+      for left in folder.glob("*.part"):  # By a run that was killed.
+        left.unlink()
       write_json(folder / "spec.json", spec)
       units = _tokenise(folder, spec, source.name, cfg.workers, tokenizer, log)
       manifest = _summary(units, source.name, wanted)
@@ -315,15 +334,10 @@ def _checked(folder, wanted, verify) -> dict:
     verify = sum(file["size"] for file in files) <= VERIFY_BYTES
   if verify:
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      for file, found in zip(files, pool.map(lambda file: _file_hash(folder / file["name"]), files)):
+      for file, found in zip(files, pool.map(lambda file: file_hash(folder / file["name"]), files)):
         if found != file["sha256"]:
           raise ValueError(f"{folder / file['name']}: expected sha256 {file['sha256']}, found {found}{again}")
   return manifest
-
-
-def _file_hash(path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv=None) -> int:

@@ -244,8 +244,9 @@ def _plan_tfds(cfg):
 
 def _read_tfds(cfg, part):
   import tensorflow_datasets as tfds
-  decoders = tfds.decode.PartialDecoding({cfg.text_key: True})
-  examples = _tfds(cfg).as_data_source(split=cfg.split, decoders=decoders)
+  builder = _tfds(cfg)
+  others = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name != cfg.text_key}
+  examples = builder.as_data_source(split=cfg.split, decoders=others)
   for i in range(part.start, part.stop):
     yield f"{cfg.path}/{cfg.split}#{i}", examples[i][cfg.text_key], None
 

@@ -5,9 +5,9 @@ line. It is started by prepare, which thereby needs no fork (the caller may hold
 import the caller's main module again; when prepare is killed its input closes and it ends.
 """
 import collections
+import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import struct
 import sys
@@ -18,6 +18,7 @@ from array_record.python import array_record_module
 
 from data import sources
 from data.config import SourceConfig
+from data.files import file_hash, replacing, write_json
 from data.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARS = 1 << 20  # Text given to the tokenizer at a time.
@@ -48,11 +49,12 @@ def is_validation(text: str, fraction: float) -> bool:
 
 
 class ShardWriter:
-  """Writes one shard and the lengths of its documents under temporary names; finish() puts them in place."""
+  """Writes one shard and the lengths of its documents; both are in place when the stack unwinds without an error."""
 
-  def __init__(self, path: pathlib.Path):
-    self.path = path
-    self._part = path.with_name(f"{path.name}.{os.getpid()}.part")
+  def __init__(self, path: pathlib.Path, stack: contextlib.ExitStack):
+    lengths_path = path.with_suffix(".lengths.npy")
+    self._parts = {p.name: stack.enter_context(replacing(p)) for p in (path, lengths_path)}
+    self._part, self._lengths_part = self._parts.values()
     # One record a group: rows are read at random. Ids of a good tokenizer hardly compress.
     self._writer = array_record_module.ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
     self._content = hashlib.sha256()
@@ -66,7 +68,7 @@ class ShardWriter:
     self._n_bytes += record.n_bytes
 
   def finish(self) -> dict:
-    """Closes, checks what is on the disk, and renames.
+    """Closes, and checks what is on the disk.
 
     Raises:
       OSError, RuntimeError: the disk is full, or did not keep what was written.
@@ -75,17 +77,10 @@ class ShardWriter:
     found = array_record_module.ArrayRecordReader(str(self._part)).num_records()
     if found != len(self._lengths):
       raise OSError(f"{self._part}: wrote {len(self._lengths)} records, found {found}")
-    lengths = self.path.with_suffix(".lengths.npy")
-    lengths_part = lengths.with_name(f"{lengths.name}.{os.getpid()}.part")
-    with open(lengths_part, "wb") as file:
+    with open(self._lengths_part, "wb") as file:
       np.save(file, np.array(self._lengths, np.uint32))
-    files = []
-    for part, path in ((self._part, self.path), (lengths_part, lengths)):
-      with open(part, "rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-      files.append({"name": path.name, "size": part.stat().st_size, "sha256": digest})
-      part.replace(path)
+    files = [{"name": name, "size": part.stat().st_size, "sha256": file_hash(part)}
+             for name, part in self._parts.items()]
     return {"documents": len(self._lengths), "tokens": sum(self._lengths), "bytes": self._n_bytes,
             "content": self._content.hexdigest(), "files": files}
 
@@ -107,16 +102,16 @@ def tokenise_unit(folder: pathlib.Path, spec: dict, number: int, tokenizer: Toke
   dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
   writers, dropped, batch, size, n_read = {}, collections.Counter(), [], 0, 0
 
-  def flush():
+  def flush(stack):
     for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch])):
       split = "val" if is_validation(document.text, spec["val_fraction"]) else "train"
       if split not in writers:
-        writers[split] = ShardWriter(folder / f"{number:05d}.{split}.array_record")
+        writers[split] = ShardWriter(folder / f"{number:05d}.{split}.array_record", stack)
       tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
       writers[split].add(Record(document.key, len(document.text.encode()), tokens))
     batch.clear()
 
-  try:
+  with contextlib.ExitStack() as stack:
     for part in spec["units"][number]:
       for document in sources.read(source, sources.Part(*part)):
         n_read += 1
@@ -126,26 +121,13 @@ def tokenise_unit(folder: pathlib.Path, spec: dict, number: int, tokenizer: Toke
         batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARS:
-          flush()
+          flush(stack)
           size = 0
-    flush()
-    unit = {"read": n_read, "dropped": dict(sorted(dropped.items())),
-            "splits": {split: writer.finish() for split, writer in sorted(writers.items())}}
-    write_json(folder / f"{number:05d}.json", unit)
-  finally:
-    for left in folder.glob(f"*.{os.getpid()}.part"):
-      left.unlink()
+    flush(stack)
+    splits = {split: writer.finish() for split, writer in sorted(writers.items())}
+  unit = {"read": n_read, "dropped": dict(sorted(dropped.items())), "splits": splits}
+  write_json(folder / f"{number:05d}.json", unit)
   return unit
-
-
-def write_json(path: pathlib.Path, value):
-  """Whole or not at all."""
-  part = path.with_name(f"{path.name}.{os.getpid()}.part")
-  with open(part, "w") as file:
-    json.dump(value, file, indent=1, sort_keys=True)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(path)
 
 
 def main(argv=None):

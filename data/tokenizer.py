@@ -17,6 +17,7 @@ import sentencepiece
 import tokenizers
 
 from data.config import TokenizerConfig
+from data.files import replacing
 
 # The ids of the special pieces of a tokenizer trained here.
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -236,10 +237,8 @@ def train_tokenizer(texts: collections.abc.Iterable[str], cfg: TokenizerConfig, 
     nearest = f"; nearest valid: {limit[1] or limit[2]}" if limit else ""
     raise ValueError(f"data.tokenizer.vocab_size={cfg.vocab_size} does not suit the text{nearest} "
                      f"(SentencePiece: {str(error).strip()})") from None
-  out_path = pathlib.Path(out_path)
-  part = out_path.with_name(f"{out_path.name}.{os.getpid()}.part")
-  part.write_bytes(model.getvalue())
-  part.replace(out_path)
+  with replacing(pathlib.Path(out_path)) as part:
+    part.write_bytes(model.getvalue())
   return load_tokenizer(out_path)
 
 

@@ -26,7 +26,13 @@ from model.hub.orbax import (
   restore_params,
 )
 from model.sharding import make_mesh
-from train.checkpoint import FREE_TO_CHANGE, Checkpointer, changed_settings, select_for_deletion
+from train.checkpoint import (
+  FREE_TO_CHANGE,
+  Checkpointer,
+  changed_settings,
+  diff_configs,
+  select_for_deletion,
+)
 from train.config import CheckpointConfig, TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,7 +42,7 @@ SPEC = jax.P("fsdp", "tensor")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class State:
-  """Shaped like the training state: nested dicts, an optax state, scalars, an EMA that may be off."""
+  """Shaped like the training state: nested dicts, an optax state, a scalar, an EMA or none."""
   step: jax.Array
   params: dict
   opt_state: tuple
@@ -156,13 +162,13 @@ def test_params_only(root, mesh):
 def test_a_state_of_another_shape_is_refused(root, mesh):
   checkpoints = reopen(root)
   wider = abstract(make_state(mesh, rows=32), mesh)
-  with pytest.raises(ValueError, match=r"params/blocks/w is float32\[16, 8\] there, float32\[32, 8\]"):
+  with pytest.raises(ValueError, match=r"w is float32\[16, 8\] there, float32\[32, 8\] here"):
     checkpoints.restore(wider)
   with pytest.raises(ValueError, match=r"ema/blocks/w \(float32\[16, 8\]\) has no place here"):
     checkpoints.restore(abstract(make_state(mesh, ema=False), mesh))
   cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding),
                       abstract(make_state(mesh), mesh))
-  with pytest.raises(ValueError, match=r"embed|w is float32\[16, 8\] there, bfloat16\[16, 8\] here"):
+  with pytest.raises(ValueError, match=r"w is float32\[16, 8\] there, bfloat16\[16, 8\] here"):
     checkpoints.restore(cast)
   assert find_steps(root) == [1, 2, 3]
 
@@ -190,14 +196,14 @@ DAMAGE = {
   "truncated": (lambda p: os.truncate(largest_file(p), 100), ": 100 bytes, "),
   "deleted": (lambda p: largest_file(p).unlink(), ": missing"),
   "added": (lambda p: (p / "state" / "stray").write_text(""), "state/stray: not in the manifest"),
-  "directory in its place": (lambda p: (largest_file(p).unlink(), (p / "meta.json").unlink(),
-                                        (p / "meta.json").mkdir()), "meta.json: missing"),
+  "a folder in its place": (lambda p: ((p / "meta.json").unlink(), (p / "meta.json").mkdir()),
+                            "meta.json: missing"),
   "manifest deleted": (lambda p: (p / "manifest.json").unlink(), "manifest.json: missing"),
-  "manifest truncated": (lambda p: os.truncate(p / "manifest.json", 50), "manifest.json: unreadable"),
+  "manifest truncated": (lambda p: os.truncate(p / "manifest.json", 50), "json: unreadable"),
   "manifest flipped": (lambda p: flip_byte(p / "manifest.json"), ""),
   "manifest not utf-8": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"), "unreadable"),
   "meta flipped": (lambda p: flip_byte(p / "meta.json"), "meta.json: its"),
-  "renamed": (lambda p: (shutil.rmtree(p), shutil.copytree(p.parent / "1", p)), "is of step 1, not 3"),
+  "renamed": (lambda p: (shutil.rmtree(p), shutil.copytree(p.parent / "1", p)), "is of step 1,"),
 }
 
 
@@ -205,13 +211,14 @@ DAMAGE = {
 def test_damage_is_named_and_the_older_checkpoint_used(root, mesh, kind):
   damage, reason = DAMAGE[kind]
   names = [p.relative_to(root / "3").as_posix() for p in (root / "3").rglob("*") if p.is_file()]
+  names.append("state/stray")
   damage(root / "3")
   checkpoints = reopen(root)
   restored = checkpoints.restore(abstract(make_state(mesh), mesh))
   assert restored.step == 2
   assert_same_bits(restored.state, make_state(mesh, 2))
   (step, why), = restored.rejected
-  assert step == 3 and reason in why and any(name in why for name in (*names, "state/stray"))
+  assert step == 3 and reason in why and any(name in why for name in names)
   assert find_steps(root) == [1, 2] and (root / "3.damaged").is_dir()
   checkpoints.save(3, make_state(mesh, 33), {})  # The step is free again.
   checkpoints.wait()
@@ -223,7 +230,8 @@ def test_damage_is_named_and_the_older_checkpoint_used(root, mesh, kind):
 def test_every_single_byte_is_covered(root):
   """A flip anywhere, in any file, is seen."""
   rng = random.Random(0)
-  for path in sorted(p for p in (root / "3").rglob("*") if p.is_file() and p.name != "manifest.json"):
+  files = [p for p in (root / "3").rglob("*") if p.is_file() and p.name != "manifest.json"]
+  for path in files:
     original = path.read_bytes()
     for _ in range(3):
       data = bytearray(original)
@@ -239,7 +247,7 @@ def test_all_damaged_is_an_error_never_a_fresh_start(root, mesh):
   for step in (1, 2, 3):
     flip_byte(largest_file(root / str(step)))
   checkpoints = reopen(root)
-  with pytest.raises(CheckpointError, match="(?s)damaged.*step 3.*step 2.*step 1.*start from scratch"):
+  with pytest.raises(CheckpointError, match="(?s)damaged.*step 3.*step 2.*step 1.*from scratch"):
     checkpoints.restore(abstract(make_state(mesh), mesh))
   assert find_steps(root) == [1, 2, 3]  # For a human to look at, or put right.
 
@@ -314,7 +322,7 @@ while True:
 
 
 def kill_and_restart(root, n_kills, rng):
-  """Kills a process that does nothing but save, n times, each going on from where the last one got."""
+  """Kills a process that does nothing but save, n times; each goes on where the last one got to."""
   reached = 0
   for _ in range(n_kills):
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(root)], stdout=subprocess.PIPE,
@@ -331,7 +339,7 @@ def kill_and_restart(root, n_kills, rng):
     step_dir, rejected = find_newest_good(root)
     assert rejected == []
     reached = int(step_dir.name) if step_dir else 0
-    assert reached >= max([start, *(step - 1 for step in saving)])  # save() waits for the one before.
+    assert reached >= max([start, *(step - 1 for step in saving)])  # save() waits for the last one.
   assert reached > 0
 
 
@@ -345,9 +353,9 @@ def test_kill_9_while_saving_20_times(tmp_path):
 
 
 def check_failed_save(checkpoints, root, mesh, make_room):
-  """Step 4 has no room: it is raised at the next check, nothing is lost, and room makes it work again."""
+  """Step 4 has no room: raised at the next check, nothing is lost, with room it works again."""
   steps = find_steps(root)
-  with pytest.raises(CheckpointError, match=r"(?s)saving step 4 to .*/4 failed: .*No space left on device"):
+  with pytest.raises(CheckpointError, match=r"saving step 4 to .*/4 failed: .*No space left on"):
     checkpoints.save(4, make_state(mesh, 4, rows=1 << 14), {})
     deadline = time.time() + 30
     while time.time() < deadline:
@@ -380,12 +388,13 @@ def small_disk(tmp_path):
   disk = tmp_path / "disk"
   disk.mkdir()
   mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-  if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip("needs the right to mount a tmpfs")
+  if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("needs Linux and the right to mount a tmpfs")
   yield disk
   subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's.
 @pytest.mark.parametrize("left", [0, 2 << 20])  # Bytes; the state needs 3.4 MB.
 def test_full_disk(small_disk, mesh, left):
   root, filler = small_disk / "checkpoints", small_disk / "filler"
@@ -431,7 +440,7 @@ def test_the_newest_is_never_deleted():
 # Settings.
 
 def test_every_free_setting_exists():
-  leaves = [leaf for leaf, _, _ in train.checkpoint.diff_configs({}, dataclasses.asdict(TrainConfig()))]
+  leaves = [leaf for leaf, _, _ in diff_configs({}, dataclasses.asdict(TrainConfig()))]
   for name in FREE_TO_CHANGE:
     assert any(train.checkpoint._is_under(leaf, name) for leaf in leaves), name
 
@@ -466,7 +475,7 @@ def run(*args):
 
 
 def test_command_line(root, mesh, capsys):
-  """In one process, but for one real run, which must not ask for the machine's accelerator."""
+  """In this process, and once as a command, which must not ask for the machine's accelerator."""
   from train.checkpoint_cli import main
 
   def call(*args):
@@ -475,8 +484,9 @@ def test_command_line(root, mesh, capsys):
     out = capsys.readouterr()
     return e.value.code, out.out, out.err
 
-  code, out, _ = call("diff", root / "2", root / "3")
-  assert code == 1 and "params/blocks/w" in out and "settings: identical" in out
+  real = run("diff", root / "2", root / "3")
+  assert real.returncode == 1, real.stderr
+  assert "params/blocks/w" in real.stdout and "settings: identical" in real.stdout
   assert call("diff", root.parent, root / "3")[0] == 0
   code, out, _ = call("show", root)
   assert code == 0 and "opt_state/0/mu/blocks/w" in out and "fsdp, tensor" in out and "16x8" in out
@@ -492,5 +502,5 @@ def test_command_line(root, mesh, capsys):
   code, _, err = call("show", root.parent / "nowhere")
   assert code == 2 and "does not exist" in err
   (root / "9.saving").mkdir()
-  real = run("ls", root.parent)
-  assert real.returncode == 0 and "no: state/" in real.stdout and "not finished" in real.stdout, real.stderr
+  code, out, _ = call("ls", root.parent)
+  assert code == 0 and out.count("yes") == 2 and "no: state/" in out and "not finished" in out

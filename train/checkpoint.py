@@ -205,7 +205,7 @@ class Checkpointer:
 
   def _failure(self, step, cause):
     """The error to raise; gives back the space that the failed save took, and makes a new start."""
-    self._writer = _make_writer()  # The old one would raise the rest of this failure at its next save.
+    self._writer = _make_writer()  # The old one may raise the rest of this at its next save.
     if jax.process_index() == 0:
       shutil.rmtree(self._part(step), ignore_errors=True)
     why = f"{type(cause).__name__}: {cause}".split(" [tensorstore_spec=")[0]

@@ -362,6 +362,8 @@ def distance(a: str, b: str, limit: float = float("inf")) -> float:
 
   Anything above `limit` may come out as any number above it.
   """
+  if abs(len(a) - len(b)) > limit:
+    return limit + 1
   same = len(os.path.commonprefix([a, b]))
   a, b = a[same:], b[same:]
   before, last = [], list(range(len(b) + 1))

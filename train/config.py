@@ -163,17 +163,18 @@ class TrainConfig:
     for axis in ("stage", "expert", "seq"):
       if sizes[axis] != 1:
         raise ValueError(f"mesh.{axis}={sizes[axis]}: no model part is split over it yet; nearest valid: 1")
+    if n_devices is not None:
+      from model.sharding import MESH_AXES, mesh_shape
+      sizes = dict(zip(MESH_AXES, mesh_shape(sizes, n_devices)))
+    vocab_size = self.model.vocab_size and self.model.padded_vocab_size
     for name, value in (("n_heads", self.model.n_heads), ("n_kv_heads", self.model.n_kv_heads),
-                        ("d_ff", self.model.d_ff)):
-      if sizes["tensor"] > 0 and value % sizes["tensor"]:
+                        ("d_ff", self.model.d_ff), ("padded_vocab_size", vocab_size)):
+      if value is not None and sizes["tensor"] > 0 and value % sizes["tensor"]:
         raise ValueError(f"model.{name}={value} is not a multiple of mesh.tensor={sizes['tensor']}; nearest valid "
                          f"mesh.tensor: {math.gcd(value, sizes['tensor'])}")
     if self.batch_size % self.accum_steps:
       raise ValueError(f"batch_size={self.batch_size} is not a multiple of accum_steps={self.accum_steps}; "
                        f"{_nearest_multiples('batch_size', self.batch_size, self.accum_steps)}")
-    if n_devices is not None:
-      from model.sharding import MESH_AXES, mesh_shape
-      sizes = dict(zip(MESH_AXES, mesh_shape(sizes, n_devices)))
     ways = math.prod(max(sizes[axis], 1) for axis in self.model.rules.batch)
     if self.batch_size // self.accum_steps % ways:
       raise ValueError(f"batch_size={self.batch_size} is not a multiple of {'*'.join(self.model.rules.batch)}={ways} times "

@@ -1,0 +1,117 @@
+"""Small things that many tests share: a tiny model, packed rows, meshes by name."""
+import functools
+import importlib
+import inspect
+import pathlib
+
+import jax
+import numpy as np
+from flax import nnx
+
+from model.attention import ATTENTION
+from model.config import ModelConfig
+from model.ffn import FFN
+from model.kernels.attention import KERNEL
+from model.layers import NORM
+from model.sharding import make_mesh
+from model.transformer import NORM_POSITION, check_names, init_params
+
+ROOT = pathlib.Path(__file__).parents[1]
+MESHES = {
+  "one": dict(data=1),
+  "data": dict(data=8),
+  "fsdp": dict(fsdp=8),
+  "tensor": dict(data=4, tensor=2),
+  "fsdp_tensor": dict(fsdp=4, tensor=2),
+  "all": dict(data=2, fsdp=2, tensor=2),
+}
+V, B, T = 300, 8, 48
+
+
+def model_config(**changes) -> ModelConfig:
+  values = dict(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, precision="fp32") | changes
+  cfg = ModelConfig(**values).validate()
+  check_names(cfg)
+  return cfg
+
+
+def mesh_of(name):
+  """On the first devices where it needs fewer than there are."""
+  sizes = MESHES[name]
+  if name == "one":
+    from jax.sharding import AxisType
+
+    from model.sharding import MESH_AXES
+    n = len(MESH_AXES)
+    return jax.make_mesh((1,) * n, MESH_AXES, axis_types=(AxisType.Explicit,) * n, devices=jax.devices()[:1])
+  return make_mesh(**sizes)
+
+
+def packed_batch(seed=0, *, b=B, t=T, vocab=V):
+  """Rows of three documents and some padding, with unequal numbers of trained tokens."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, vocab, (b, t + 1))
+  segments, positions = np.zeros((b, t), np.int32), np.zeros((b, t), np.int32)
+  for row in range(b):
+    cuts = [0, *sorted(rng.choice(np.arange(3, t - 6), 2, replace=False)), t - int(rng.integers(0, 5))]
+    for i, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+      segments[row, start:stop], positions[row, start:stop] = i + 1, np.arange(stop - start)
+  weights = (segments > 0) * (rng.random((b, t)) < np.linspace(0.1, 1.0, b)[:, None])
+  return dict(tokens=tokens[:, :-1].astype(np.int32), targets=tokens[:, 1:].astype(np.int32),
+              weights=weights.astype(np.float32), positions=positions, segments=segments)
+
+
+def put(cfg, mesh, batch):
+  """The batch on the mesh, split by rows."""
+  place = lambda a: jax.device_put(a, jax.NamedSharding(mesh, cfg.rules("batch", None)))
+  return {name: place(a) for name, a in batch.items()}
+
+
+def experiment_classes(suffix):
+  """Every nnx.Module under experiments/ whose name ends so: a new variant is tested because it is found here."""
+  found = {}
+  for path in sorted((ROOT / "experiments").glob("*.py")):
+    text = path.read_text()
+    if f"{suffix}(" not in text or "class " not in text:
+      continue
+    module = importlib.import_module(f"experiments.{path.stem}")
+    for name, value in vars(module).items():
+      if inspect.isclass(value) and issubclass(value, nnx.Module) and value.__module__ == module.__name__ and name.endswith(suffix):
+        found[f"{module.__name__}:{name}"] = value
+  return found
+
+
+def variants() -> dict[str, dict]:
+  """Name -> changes to the tiny model, one for each choice that the tables and experiments/ offer."""
+  found = {f"attention={name}": dict(attention=name) for name in [*ATTENTION, *experiment_classes("Attention")]}
+  found |= {f"ffn={name}": dict(ffn=name) for name in [*FFN, *experiment_classes("FFN")]}
+  found |= {f"attention_impl={name}": dict(attention_impl=name) for name in KERNEL}
+  found |= {f"window,{name}": dict(attention_impl=name, window=5, layer_pattern=("local", "global")) for name in KERNEL}
+  found |= {f"norm={name}": dict(norm=name, qk_norm=name) for name in NORM}
+  found |= {f"norm_position={name}": dict(norm_position=name) for name in NORM_POSITION}
+  found |= {
+    "mha": dict(n_kv_heads=4), "mqa": dict(n_kv_heads=1), "head_dim": dict(head_dim=10), "tied": dict(head="tied"),
+    "biases": dict(qkv_bias=True, out_bias=True, ffn_bias=True),
+    "soft caps": dict(attention_impl="chunked", attention_softcap=5.0, logit_softcap=5.0),
+    "embed_scale,fan_in": dict(embed_scale=32**0.5, init="fan_in"),
+  }
+  return found
+
+
+@functools.cache
+def tiny(name, mesh_name="one"):
+  """(cfg, mesh, graphdef, params, logits) of a variant; logits(params, batch) is jitted and returns [B, T, V] NumPy."""
+  cfg, mesh = model_config(**variants()[name]), mesh_of(mesh_name)
+  with jax.set_mesh(mesh):
+    graphdef, params = init_params(cfg, mesh, jax.random.key(0))
+
+  @jax.jit
+  def forward(params, batch):
+    model = nnx.merge(graphdef, params)
+    return model.logits(model(batch["tokens"], batch["positions"], batch["segments"])[0])
+
+  def logits(params, batch):
+    with jax.set_mesh(mesh):
+      return np.asarray(forward(params, put(cfg, mesh, batch)))[..., :cfg.vocab_size]
+
+  return cfg, mesh, graphdef, params, logits

@@ -1,4 +1,4 @@
-"""infer/sampling.py against Hugging Face's warpers written out in NumPy, and its draws against the distribution."""
+"""infer/sampling.py: filters against Hugging Face's written out in NumPy, draws against the distribution."""
 import dataclasses
 
 import jax
@@ -45,19 +45,19 @@ def warp(logits_V, seen, s: Sampling):
 
 
 SETTINGS = {
-  "none": {},
-  "temperature": dict(temperature=0.3),
-  "top_k": dict(top_k=7),
-  "top_k_1": dict(top_k=1),
-  "top_k_over": dict(top_k=10_000),
-  "top_p": dict(top_p=0.8),
-  "top_p_tiny": dict(top_p=1e-6),
-  "top_p_1": dict(top_p=1.0),
-  "min_p": dict(min_p=0.1),
-  "min_p_1": dict(min_p=1.0),
-  "penalty": dict(repetition_penalty=1.7),
-  "penalty_below_1": dict(repetition_penalty=0.6),
-  "all": dict(temperature=1.4, top_k=20, top_p=0.93, min_p=0.03, repetition_penalty=1.2),
+  "none": Sampling(),
+  "temperature": Sampling(temperature=0.3),
+  "top_k": Sampling(top_k=7),
+  "top_k_1": Sampling(top_k=1),
+  "top_k_over": Sampling(top_k=10_000),
+  "top_p": Sampling(top_p=0.8),
+  "top_p_tiny": Sampling(top_p=1e-6),
+  "top_p_1": Sampling(top_p=1.0),
+  "min_p": Sampling(min_p=0.1),
+  "min_p_1": Sampling(min_p=1.0),
+  "penalty": Sampling(repetition_penalty=1.7),
+  "penalty_below_1": Sampling(repetition_penalty=0.6),
+  "all": Sampling(temperature=1.4, top_k=20, top_p=0.93, min_p=0.03, repetition_penalty=1.2),
 }
 LOGITS = {
   "random": lambda rng: rng.normal(size=V) * 2,
@@ -77,7 +77,7 @@ def warp_ours(logits_BV, seen_BV, settings):
 def test_filters_equal_hugging_faces(kind):
   """One batch holds every setting, 16 times."""
   rng = np.random.default_rng(0)
-  settings = [Sampling(**kwargs) for kwargs in SETTINGS.values() for _ in range(16)]
+  settings = [s for s in SETTINGS.values() for _ in range(16)]
   logits_BV = np.stack([LOGITS[kind](rng) for _ in settings]).astype(np.float32)
   seen_BV = rng.random(logits_BV.shape) < 0.3
   ours_BV = warp_ours(logits_BV, seen_BV, settings)
@@ -89,8 +89,8 @@ def test_filters_equal_hugging_faces(kind):
 
 def test_top_p_is_the_smallest_set_and_keeps_the_top():
   probs = np.array([[0.5, 0.25, 0.125, 0.125]])
-  kept = lambda p: np.flatnonzero(np.isfinite(warp_ours(np.log(probs).astype(np.float32), np.zeros((1, 4), bool),
-                                                        [Sampling(top_p=p)])[0])).tolist()
+  logits_BV, seen_BV = np.log(probs).astype(np.float32), np.zeros((1, 4), bool)
+  kept = lambda p: np.flatnonzero(np.isfinite(warp_ours(logits_BV, seen_BV, [Sampling(top_p=p)])[0])).tolist()
   assert kept(0.4) == kept(1e-9) == [0]
   assert kept(0.7) == [0, 1]
   assert kept(0.8) == [0, 1, 3]  # Of the two that tie, the lower id goes: as torch's ascending sort.
@@ -100,7 +100,7 @@ def test_top_p_is_the_smallest_set_and_keeps_the_top():
 @pytest.mark.parametrize("name", ["none", "temperature", "top_k", "top_p", "min_p", "all"])
 def test_draws_follow_the_filtered_softmax(name):
   """Chi-square of 100,000 draws, each at a position of its own."""
-  n, setting = 100_000, Sampling(**SETTINGS[name], seed=11)
+  n, setting = 100_000, dataclasses.replace(SETTINGS[name], seed=11)
   rng = np.random.default_rng(1)
   logits_V = rng.normal(size=V).astype(np.float32)
   seen = np.arange(0, V, 3)
@@ -117,15 +117,16 @@ def test_draws_follow_the_filtered_softmax(name):
 
 
 def test_a_row_does_not_depend_on_the_others():
-  """The same request alone, and among 31 others whose settings switch every stage on: the same token, bit for bit."""
+  """The same request alone, and among 31 others whose settings switch every stage on: the same token."""
   rng = np.random.default_rng(2)
   logits_BV = rng.normal(size=(32, V)).astype(np.float32)
   seen_BV = rng.random((32, V)) < 0.3
   kinds = list(SETTINGS.values())
-  settings = [Sampling(**kinds[i % len(kinds)] | dict(seed=i)) for i in range(32)]
+  settings = [dataclasses.replace(kinds[i % len(kinds)], seed=i) for i in range(32)]
   settings[5] = Sampling(temperature=0.0, seed=3)
   pos_B = np.arange(32, dtype=np.int32)
-  run = lambda rows: sample(logits_BV[rows], seen_BV[rows], pos_B[rows], stack_settings([settings[i] for i in rows]))
+  run = lambda rows: sample(logits_BV[rows], seen_BV[rows], pos_B[rows],
+                            stack_settings([settings[i] for i in rows]))
   token_B, logprob_B = run(np.arange(32))
   for i in range(32):
     alone = run(np.array([i]))
@@ -160,16 +161,18 @@ def test_padding_of_the_vocabulary_is_never_drawn():
   logits_BV = np.full((4096, V), -1e30, np.float32)
   logits_BV[:, :3] = 0.0
   seen_BV = np.ones((4096, V), bool)
-  for s in (Sampling(temperature=1e6), Sampling(top_k=V), Sampling(top_p=1.0), Sampling(temperature=1e-12),
-            Sampling(repetition_penalty=1e3), Sampling(min_p=0.0), Sampling(temperature=0.0)):
-    token_B, logprob_B = sample(logits_BV, seen_BV, np.arange(4096, dtype=np.int32), stack_settings([s] * 4096))
+  pos_B = np.arange(4096, dtype=np.int32)
+  for s in (Sampling(temperature=1e6), Sampling(temperature=1e-12), Sampling(temperature=0.0),
+            Sampling(top_k=V), Sampling(top_p=1.0), Sampling(min_p=0.0), Sampling(repetition_penalty=1e3)):
+    token_B, logprob_B = sample(logits_BV, seen_BV, pos_B, stack_settings([s] * 4096))
     assert np.asarray(token_B).max() < 3, s
     assert np.isfinite(np.asarray(logprob_B)).all()
 
 
 @pytest.mark.parametrize("name, value", [
-  ("max_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_k", 1.5), ("top_p", 0.0),
-  ("top_p", 1.01), ("min_p", -0.1), ("repetition_penalty", 0.0), ("stop", ("a", "")), ("seed", -1), ("seed", 2**32)])
+  ("max_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_k", 1.5),
+  ("top_p", 0.0), ("top_p", 1.01), ("min_p", -0.1), ("repetition_penalty", 0.0), ("stop", ("a", "")),
+  ("seed", -1), ("seed", 2**32)])
 def test_settings_out_of_range_are_named(name, value):
   with pytest.raises(ValueError, match=f"{name}="):
     dataclasses.replace(Sampling(), **{name: value}).validate()

@@ -242,10 +242,9 @@ def _available_memory():
   return available
 
 
-def check_compile_cache(path: str | None = None) -> Verdict:
-  path = path or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-  if not path:
-    return Verdict("OK", "compile cache", "JAX_COMPILATION_CACHE_DIR is not set")
+def check_compile_cache(path) -> Verdict:
+  """Of compiled steps: `path` unless JAX_COMPILATION_CACHE_DIR says another."""
+  path = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(path))
   if "://" in path:
     return Verdict("OK", "compile cache", f"{path} (remote, not tried)")
   if not os.access(_existing(path), os.W_OK):
@@ -289,7 +288,7 @@ def diagnose(workdir, cache) -> list[Verdict]:
     check_disk("disk, workdir", workdir),
     check_disk("disk, cache", cache),
     check_writable(workdir),
-    check_compile_cache(),
+    check_compile_cache(pathlib.Path(cache) / "jax"),
     check_git(),
     check_wandb(),
   ]

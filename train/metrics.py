@@ -16,14 +16,13 @@ import math
 import os
 import pathlib
 import secrets
-import select
-import signal
 import subprocess
 import sys
+import threading
 import time
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-WANDB_LAST_WORDS_S = 60  # How long W&B may go on uploading after the run has ended.
+WANDB_WAIT_S, WANDB_LAST_WORDS_S = 10, 60  # How long a run that ends waits for W&B; how long W&B goes on.
 
 # bf16 FLOP/s of one jax device, dense, from the makers' data sheets. TPU7x has two devices a chip.
 PEAK_FLOPS = {
@@ -105,7 +104,7 @@ class MetricsWriter:
     if self._wandb is not None:
       self._wandb.stdin.close()
       try:
-        if self._wandb.wait(timeout=10):
+        if self._wandb.wait(timeout=WANDB_WAIT_S):
           self._say_wandb_failed()
       except subprocess.TimeoutExpired:
         print(f"wandb is still uploading and has {WANDB_LAST_WORDS_S} s; what it does not manage: wandb sync "
@@ -121,7 +120,8 @@ class MetricsWriter:
     if self._log.tensorboard:
       import tensorboardX
       purge = None if self._kept_step is None else self._kept_step + 1
-      self._tensorboard = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+      self._tensorboard = tensorboardX.SummaryWriter(  # Its own file names collide within a second.
+        str(run_dir / "tensorboard"), purge_step=purge, filename_suffix=f".{time.time_ns()}")
     if self._log.wandb:
       command = [sys.executable, "-m", "train.metrics", f"--run={run_dir.absolute()}",
                  f"--mode={self._log.wandb}", f"--project={self._log.wandb_project}",
@@ -366,6 +366,8 @@ def describe_mfu(peak_source: str) -> str:
 
 def _follow(args):
   """Logs each line added to metrics.jsonl until stdin closes: when the run ends, however it ends."""
+  ended = threading.Event()
+  threading.Thread(target=_outlive, args=(ended,), daemon=True).start()
   import wandb
   run_dir = pathlib.Path(args.run)
   id_path = run_dir / "wandb" / "run_id"
@@ -380,19 +382,25 @@ def _follow(args):
   run.define_metric("*", step_metric="step")  # A resumed run repeats steps, which W&B's own counter forbids.
   with open(run_dir / "metrics.jsonl", "rb") as f:
     f.seek(args.offset)
-    ended = False
     while True:
+      last_look = ended.is_set()
       line = f.readline()
       if line.endswith(b"\n"):
         run.log({k: _number(v) for k, v in json.loads(line).items() if v is not None})
         continue
       f.seek(-len(line), os.SEEK_CUR)
-      if ended:
+      if last_look:
         break
-      if select.select([sys.stdin], [], [], 0.5)[0]:
-        ended = True  # One more look at the file, then the end; a dead network must not leave us behind.
-        signal.alarm(WANDB_LAST_WORDS_S)
+      ended.wait(0.5)
   run.finish()
+
+
+def _outlive(ended):
+  """Says when the run has ended, and ends this process a while later, for a dead network keeps W&B trying."""
+  sys.stdin.read()
+  ended.set()
+  time.sleep(WANDB_LAST_WORDS_S)
+  os._exit(1)
 
 
 def main():

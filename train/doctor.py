@@ -204,13 +204,20 @@ def check_disk(name: str, path, usage=None, inodes=None) -> Verdict:
 
 def check_writable(path) -> Verdict:
   place = _existing(path)
+  if fault := _write_fault(place):
+    return Verdict("BAD", "permission", f"{place} cannot be written: {fault}",
+                   f"chown or chmod {place}, or write elsewhere: --workdir=DIR")
+  return Verdict("OK", "permission", f"{place} can be written")
+
+
+def _write_fault(place):
+  """What the system says to a file in this folder, or None: permission bits alone do not tell."""
   try:
     with tempfile.TemporaryFile(dir=place) as f:
       f.write(b"x")
   except OSError as e:
-    return Verdict("BAD", "permission", f"{place} cannot be written: {e.strerror}",
-                   f"chown or chmod {place}, or write elsewhere: --workdir=DIR")
-  return Verdict("OK", "permission", f"{place} can be written")
+    return e.strerror
+  return None
 
 
 def _existing(path):
@@ -247,8 +254,8 @@ def check_compile_cache(path) -> Verdict:
   path = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(path))
   if "://" in path:
     return Verdict("OK", "compile cache", f"{path} (remote, not tried)")
-  if not os.access(_existing(path), os.W_OK):
-    return Verdict("WARN", "compile cache", f"{path} cannot be written: every start compiles anew",
+  if fault := _write_fault(_existing(path)):
+    return Verdict("WARN", "compile cache", f"{path} cannot be written ({fault}): every start compiles anew",
                    "set JAX_COMPILATION_CACHE_DIR to a folder of yours")
   files = [f for f in pathlib.Path(path).glob("*") if f.is_file()]
   size = sum(f.stat().st_size for f in files) / GB

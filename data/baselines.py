@@ -44,8 +44,9 @@ def fit_ngram(train: bytes, order: int = ORDER) -> list[Counts]:
 def score_ngram(tables: list[Counts], data: bytes) -> np.ndarray:
   """float64 [len(data)], the probability of each byte after those before it.
 
-  p_n(b | c) = (count(cb) + types(c) p_{n-1}(b | c')) / (count(c) + types(c)), with c' = c without its first byte, and
-  p_0 = 1/256 (Witten and Bell 1991, method C, interpolated). The first bytes have less context.
+  p_n(b | c) = (count(cb) + types(c) p_{n-1}(b | c')) / (count(c) + types(c)), with c' = c without
+  its first byte, and p_0 = 1/256 (Witten and Bell 1991, method C, interpolated). The first bytes
+  have less context.
   """
   p = np.full(len(data), 1 / 256)
   for n, table in enumerate(tables, start=1):
@@ -72,7 +73,9 @@ def _grams(data, n):
 
 def _runs(ascending):
   """The distinct values, and how often each occurs."""
-  begins = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]])[:len(ascending)])
+  begins = np.flatnonzero(
+    np.concatenate([[True], ascending[1:] != ascending[:-1]])[: len(ascending)]
+  )
   return ascending[begins], np.diff(begins, append=len(ascending))
 
 

@@ -8,7 +8,9 @@ import pathlib
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path):
-  """Gives a temporary path; what was written there becomes `path` at the end, or goes if anything failed."""
+  """Gives a temporary path; what was written there becomes `path` at the end, or goes if anything
+  failed.
+  """
   part = path.with_name(f"{path.name}.{os.getpid()}.part")
   try:
     yield part

@@ -1,4 +1,5 @@
-"""What a run will read, without training: shares, epochs and packing over its steps, or the rows of one step as text.
+"""What a run will read, without training: shares, epochs and packing over its steps, or the rows of
+one step as text.
 
 python -m data.inspect --config=configs/quickstart.py --steps=1000
 python -m data.inspect --config=configs/quickstart.py --step=7
@@ -9,7 +10,6 @@ import sys
 
 import numpy as np
 import rich.console
-import rich.markup
 import rich.table
 
 from data import flags
@@ -21,8 +21,9 @@ def summarise(rows: Rows, steps: int) -> list[dict]:
   """Of each source over the first `steps` steps, without reading a token.
 
   Returns:
-    source, target and rows (shares of the rows), tokens (share of the trained tokens), epochs, documents (distinct
-    ones seen), of (how many there are), packing (share of its rows' places that is no padding).
+    source, target and rows (shares of the rows), tokens (share of the trained tokens), epochs,
+    documents (distinct ones seen), of (how many there are), packing (share of its rows' places that
+    is no padding).
   """
   n_rows = steps * rows.batch_size
   drawn, tokens = np.zeros(len(rows.sources), np.int64), np.zeros(len(rows.sources), np.int64)
@@ -34,21 +35,38 @@ def summarise(rows: Rows, steps: int) -> list[dict]:
     tokens[i] += sum(length for _, _, length in pieces)
     documents[i].update(d for d, _, _ in pieces)
   target = rows.mixture.target(n_rows)
-  return [{"source": name, "target": target[i], "rows": drawn[i] / n_rows, "tokens": tokens[i] / tokens.sum(),
-           "epochs": drawn[i] / epochs.n_rows, "documents": len(documents[i]),
-           "of": epochs.source.count(rows.split, "documents"),
-           "packing": tokens[i] / max(1, drawn[i] * rows.seq_len)}
-          for i, (name, epochs) in enumerate(zip(rows.names, rows.sources))]
+  return [
+    {
+      "source": name,
+      "target": target[i],
+      "rows": drawn[i] / n_rows,
+      "tokens": tokens[i] / tokens.sum(),
+      "epochs": drawn[i] / epochs.n_rows,
+      "documents": len(documents[i]),
+      "of": epochs.source.count(rows.split, "documents"),
+      "packing": tokens[i] / max(1, drawn[i] * rows.seq_len),
+    }
+    for i, (name, epochs) in enumerate(zip(rows.names, rows.sources))
+  ]
 
 
 def _print_summary(console, rows, steps):
-  table = rich.table.Table(title=f"{steps:,} steps of {rows.batch_size} rows of {rows.seq_len} tokens")
+  table = rich.table.Table(
+    title=f"{steps:,} steps of {rows.batch_size} rows of {rows.seq_len} tokens"
+  )
   table.add_column("source")
   for column in ("target", "rows", "tokens", "epochs", "documents seen", "packing"):
     table.add_column(column, justify="right")
   for s in summarise(rows, steps):
-    table.add_row(s["source"], f"{s['target']:.2%}", f"{s['rows']:.2%}", f"{s['tokens']:.2%}", f"{s['epochs']:.3f}",
-                  f"{s['documents']:,} of {s['of']:,}", f"{s['packing']:.2%}")
+    table.add_row(
+      s["source"],
+      f"{s['target']:.2%}",
+      f"{s['rows']:.2%}",
+      f"{s['tokens']:.2%}",
+      f"{s['epochs']:.3f}",
+      f"{s['documents']:,} of {s['of']:,}",
+      f"{s['packing']:.2%}",
+    )
   console.print(table)
   for stage in rows.mixture.stages[1:]:
     shares = ", ".join(f"{name} {share:.2%}" for name, share in zip(rows.names, stage.shares))
@@ -60,8 +78,13 @@ def _print_step(console, rows, step):
     row = rows.row(step, slot)
     console.rule(f"step {step} slot {slot}", align="left")
     for segment, piece in enumerate(rows.address(step, slot), start=1):
-      console.print(f"[bold cyan]{rich.markup.escape(f'{piece.source} {piece.document} [{piece.start}:{piece.stop}]')}",
-                    soft_wrap=True, highlight=False)
+      console.print(
+        f"{piece.source} {piece.document} [{piece.start}:{piece.stop}]",
+        style="bold cyan",
+        markup=False,
+        soft_wrap=True,
+        highlight=False,
+      )
       text = rows.tokenizer.decode(row["targets"][row["segments"] == segment].tolist())
       console.print(text, markup=False, highlight=False, soft_wrap=True)
     if padding := int((row["segments"] == 0).sum()):
@@ -71,16 +94,26 @@ def _print_step(console, rows, step):
 def main(argv=None) -> int:
   parser = argparse.ArgumentParser(prog="python -m data.inspect", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--steps", type=int, help="summarise so many steps; the default is those of the config")
-  parser.add_argument("--step", type=int, help="print the rows of this step, decoded, with their addresses")
+  parser.add_argument(
+    "--steps", type=int, help="summarise so many steps; the default is those of the config"
+  )
+  parser.add_argument(
+    "--step", type=int, help="print the rows of this step, decoded, with their addresses"
+  )
   config, args = flags.load(parser, argv)
   try:
     for name in ("steps", "step"):
       if (value := getattr(args, name)) is not None and value < (name == "steps"):
         raise ValueError(f"--{name}={value} must be at least {int(name == 'steps')}")
     prepared = prepare(config.data, log=lambda line: print(line, file=sys.stderr))
-    rows = Rows(prepared, config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed,
-                steps=config.steps)
+    rows = Rows(
+      prepared,
+      config.data,
+      seq_len=config.seq_len,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      steps=config.steps,
+    )
   except ValueError as error:
     print(f"{parser.prog}: error: {error}", file=sys.stderr)
     return 2

@@ -1,8 +1,9 @@
-"""Which source each row comes from: a pure function of (weights, seed, row number), so nothing is kept to resume.
+"""Which source each row comes from: a pure function of (weights, seed, row number).
 
-Rows are dealt in windows of WINDOW. Each window holds the number of rows of each source that the weights ask for,
-rounded to whole rows with what rounding owes carried to the next, in an order shuffled by the seed; over a PERIOD of
-windows the shares are exact to one row. A change of weights begins new windows.
+Rows are dealt in windows of WINDOW. Each window holds the number of rows of each source that the
+weights ask for, rounded to whole rows with what rounding owes carried to the next, in an order
+shuffled by the seed; over a PERIOD of windows the shares are exact to one row. A change of weights
+begins new windows.
 """
 import functools
 import hashlib
@@ -15,7 +16,7 @@ PERIOD = 64  # Windows after which the pattern of counts repeats.
 
 
 def permutation(n: int, *key) -> np.ndarray:
-  """int64 [n], a shuffle of range(n) that depends on the key alone: not on NumPy's version, as its generators may."""
+  """int64 [n], a shuffle of range(n) by the key alone, whatever the version of NumPy."""
   state = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
   with np.errstate(over="ignore"):  # SplitMix64 (Steele et al. 2014), the i-th output for i < n.
     x = np.uint64(state) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -120,8 +121,9 @@ def _window_counts(names, shares):
   period = largest_remainder(PERIOD * WINDOW, shares)
   if (lost := (period == 0) & (shares > 0)).any():
     i = int(np.argmax(lost))
-    raise ValueError(f"data.sources: {names[i]} has {shares[i]:.2g} of the rows, less than 1 of {PERIOD * WINDOW}: "
-                     f"give it a weight of 0, or at least {1 / (PERIOD * WINDOW):.2g} of the sum")
+    raise ValueError(f"data.sources: {names[i]} has {shares[i]:.2g} of the rows, less than 1 of "
+                     f"{PERIOD * WINDOW}: give it a weight of 0, or at least "
+                     f"{1 / (PERIOD * WINDOW):.2g} of the sum")
   counts = np.empty((PERIOD, len(shares)), np.int64)
   given = np.zeros(len(shares), np.int64)
   for window in range(PERIOD):
@@ -133,4 +135,6 @@ def _window_counts(names, shares):
 
 
 def _deal(counts, seed, stage, window):
-  return np.repeat(np.arange(len(counts)), counts)[permutation(WINDOW, "mixture", seed, stage, window)]
+  return np.repeat(np.arange(len(counts)), counts)[
+    permutation(WINDOW, "mixture", seed, stage, window)
+  ]

@@ -1,9 +1,11 @@
-"""How documents become rows: which piece of which document stands where. Pure functions of document lengths.
+"""How documents become rows: which piece of which document stands where. Pure functions of document
+lengths.
 
-The unit is the prediction. A document of L tokens makes L - 1 of them (from each token but the last, the next), and a
-row of T holds T. A piece of n predictions reads tokens[start : start + n] and is trained on tokens[start + 1 :
-start + n + 1], so a document cut over two rows loses no prediction and repeats none: every token but the first of each
-document is a target exactly once per epoch.
+The unit is the prediction. A document of L tokens makes L - 1 of them (from each token but the
+last, the next), and a row of T holds T. A piece of n predictions reads tokens[start : start + n]
+and is trained on tokens[start + 1 : start + n + 1], so a document cut over two rows loses no
+prediction and repeats none: every token but the first of each document is a target exactly once per
+epoch.
 """
 from typing import NamedTuple
 
@@ -11,7 +13,9 @@ import numpy as np
 
 
 class Plan(NamedTuple):
-  """The pieces of all rows; those of row r are [first[r] : first[r + 1]] of the other arrays, from left to right."""
+  """The pieces of all rows; those of row r are [first[r] : first[r + 1]] of the other arrays, from
+  left to right.
+  """
   first: np.ndarray  # int64 [rows + 1]
   document: np.ndarray  # int64 [pieces], into the lengths that were planned.
   start: np.ndarray  # int64 [pieces], predictions.
@@ -24,7 +28,9 @@ class Plan(NamedTuple):
   def row(self, r: int) -> list[tuple[int, int, int]]:
     """(document, start, length) of each piece of a row."""
     span = slice(self.first[r], self.first[r + 1])
-    return list(zip(self.document[span].tolist(), self.start[span].tolist(), self.length[span].tolist()))
+    return list(
+      zip(self.document[span].tolist(), self.start[span].tolist(), self.length[span].tolist())
+    )
 
   def efficiency(self, seq_len: int) -> float:
     """The share of the rows' places that is not padding."""
@@ -32,7 +38,8 @@ class Plan(NamedTuple):
 
 
 def concat(lengths: np.ndarray, seq_len: int) -> Plan:
-  """One stream, cut every seq_len predictions: only the last row has padding, and many documents are cut.
+  """One stream, cut every seq_len predictions: only the last row has padding, and many documents
+  are cut.
 
   Args:
     lengths: predictions of each document.
@@ -45,24 +52,34 @@ def concat(lengths: np.ndarray, seq_len: int) -> Plan:
   document = np.searchsorted(ends, begins, side="right")
   length = np.diff(begins, append=total)
   first = np.searchsorted(begins, np.arange(0, total, seq_len))
-  return Plan(np.append(first, len(begins)), document, begins - (ends - lengths)[document], length.astype(np.int32))
+  return Plan(
+    np.append(first, len(begins)),
+    document,
+    begins - (ends - lengths)[document],
+    length.astype(np.int32),
+  )
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> Plan:
-  """Best-fit decreasing (Ding et al. 2024, 2404.10830): a document no longer than a row is never cut.
+  """Best-fit decreasing (Ding et al. 2024, 2404.10830): a document no longer than a row is never
+  cut.
 
-  Longer ones are cut into full rows and a rest; then each rest, longest first, goes into the fullest row that has room
-  for it. The number of rows depends on the lengths alone, not on their order. About a second per million documents.
+  Longer ones are cut into full rows and a rest; then each rest, longest first, goes into the
+  fullest row that has room for it. The number of rows depends on the lengths alone, not on their
+  order. About a second per million documents.
   """
   lengths = np.asarray(lengths, np.int64)
   n_full, rest = np.divmod(lengths, seq_len)
   full_document = np.repeat(np.arange(len(lengths)), n_full)
-  full_start = (np.arange(len(full_document)) - np.repeat(np.cumsum(n_full) - n_full, n_full)) * seq_len
+  full_start = (
+    np.arange(len(full_document)) - np.repeat(np.cumsum(n_full) - n_full, n_full)
+  ) * seq_len
 
   order = np.argsort(-rest, kind="stable")
   order = order[rest[order] > 0]
   row = np.empty(len(order), np.int64)
-  rows_with = [[] for _ in range(seq_len + 1)]  # rows_with[room]: the open rows with that much room.
+  # rows_with[room]: the open rows with that much room.
+  rows_with = [[] for _ in range(seq_len + 1)]
   rooms = 0  # Bit `room` is set where rows_with[room] is not empty.
   n_rows = 0
   for i, size in enumerate(rest[order].tolist()):
@@ -82,11 +99,16 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> Plan:
 
   by_row = np.argsort(row, kind="stable")
   rest_document = order[by_row]
-  counts = np.concatenate([np.ones(len(full_document), np.int64), np.bincount(row, minlength=n_rows)])
-  return Plan(np.concatenate([[0], np.cumsum(counts)]),
-              np.concatenate([full_document, rest_document]),
-              np.concatenate([full_start, (n_full * seq_len)[rest_document]]),
-              np.concatenate([np.full(len(full_document), seq_len), rest[rest_document]]).astype(np.int32))
+  counts = np.concatenate([
+    np.ones(len(full_document), np.int64),
+    np.bincount(row, minlength=n_rows),
+  ])
+  return Plan(
+    np.concatenate([[0], np.cumsum(counts)]),
+    np.concatenate([full_document, rest_document]),
+    np.concatenate([full_start, (n_full * seq_len)[rest_document]]),
+    np.concatenate([np.full(len(full_document), seq_len), rest[rest_document]]).astype(np.int32),
+  )
 
 
 PACKING = {"concat": concat, "best_fit": best_fit}
@@ -99,8 +121,9 @@ def make_row(pieces: list[np.ndarray], seq_len: int, pad_id: int) -> dict[str, n
     pieces: for n predictions, the n + 1 tokens they go from and to.
 
   Returns:
-    [seq_len] arrays. tokens, targets int32; weights float32, 1 where a prediction is trained; positions int32, from 0
-    in each piece; segments int32, 1, 2, ... for the pieces and 0 for padding.
+    [seq_len] arrays. tokens, targets int32; weights float32, 1 where a prediction is trained;
+    positions int32, from 0 in each piece; segments int32, 1, 2, ... for the pieces and 0 for
+    padding.
   """
   tokens_T = np.full(seq_len, pad_id, np.int32)
   targets_T = np.full(seq_len, pad_id, np.int32)

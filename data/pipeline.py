@@ -1,9 +1,10 @@
-"""Rows with addresses: the row at (step, slot) is a pure function of the data, the config and the seed.
+"""Rows with addresses: the row at (step, slot) is a pure function of data, config and seed.
 
-  (step, slot) -> row number -> mixture: (source, the source's n-th row) -> (epoch, row of the epoch) -> pieces -> text
+  (step, slot) -> row number -> the mixture: (source, its n-th row) -> (epoch, row) -> pieces
 
-Each epoch of a source packs all its documents in a fresh order and visits the rows in a fresh order. So the state of
-the pipeline is the step, and any number of hosts, each asking for its own slots, see together the same batches.
+Each epoch of a source packs all its documents in a fresh order and visits the rows in a fresh
+order. So the state of the pipeline is the step, and any number of hosts, each asking for its own
+slots, see together the same batches.
 """
 import collections.abc
 import functools
@@ -39,7 +40,8 @@ class Epochs:
     self._key = (seed, source.name)
     self._lock = threading.Lock()
     self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
-    self.n_rows = self.plan(0)[0].n_rows  # The same in every epoch: the order of documents does not change it.
+    # The same in every epoch: the order of documents does not change it.
+    self.n_rows = self.plan(0)[0].n_rows
 
   def plan(self, epoch: int) -> tuple[Plan, np.ndarray, np.ndarray]:
     """(plan, the document behind each of its numbers, the order in which its rows are visited)."""
@@ -71,17 +73,27 @@ class Rows:
     steps: how long the run is, if it is to be checked against max_epochs.
 
   Raises:
-    ValueError: the split is empty; a source would be repeated more than its max_epochs within `steps`.
+    ValueError: the split is empty; a source would be repeated more than its max_epochs within
+      `steps`.
   """
 
-  def __init__(self, prepared: Prepared, cfg: DataConfig, *, seq_len: int, batch_size: int, seed: int = 0,
-               split: str = "train", steps: int | None = None):
+  def __init__(
+    self,
+    prepared: Prepared,
+    cfg: DataConfig,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int = 0,
+    split: str = "train",
+    steps: int | None = None,
+  ):
     self.tokenizer, self.split = prepared.tokenizer, split
     self.seq_len, self.batch_size = seq_len, batch_size
     used = [source for source in prepared.sources if source.count(split, "documents")]
     if not used:
       raise ValueError(f"the {split} split has no documents (data.val_fraction={cfg.val_fraction}, "
-                       f"{sum(s.count('train', 'documents') for s in prepared.sources)} to train on)")
+                       f"{prepared.count('train', 'documents')} to train on)")
     self.sources = [Epochs(source, split=split, packing=cfg.packing, seq_len=seq_len,
                            seed=seed if split == "train" else 0) for source in used]
     self.names = [source.name for source in used]
@@ -91,24 +103,27 @@ class Rows:
         self._check_epochs(cfg, steps)
     else:
       self._ends = np.cumsum([source.n_rows for source in self.sources])
-      self._order = permutation(int(self._ends[-1]), "validation")  # So that the first rows are a fair sample.
+      # So that the first rows are a fair sample.
+      self._order = permutation(int(self._ends[-1]), "validation")
 
   def __len__(self) -> int:
     """Rows of the validation split; of one epoch of every source for training."""
     return sum(source.n_rows for source in self.sources)
 
   def row(self, step: int, slot: int) -> dict[str, np.ndarray]:
-    """tokens, targets, weights, positions, segments [T] (see packing.make_row), and for the validation split
-    bytes: int32 [], what the trained targets stand for in the text (their share of its bits per byte).
+    """One row; past the end of the validation split, one of weight 0.
 
-    Past the end of the validation split: a row of weight 0.
+    Returns:
+      tokens, targets, weights, positions, segments [T] as packing.make_row gives them, and for the
+      validation split bytes, int32 []: how many bytes of the text its targets stand for.
     """
     source, pieces = self._locate(step, slot)
-    records = [(source.source.read(self.split, d).tokens, start, length) for d, start, length in pieces]
-    row = make_row([tokens[start:start + length + 1] for tokens, start, length in records], self.seq_len,
-                   self.tokenizer.pad_id)
+    tokens = [source.source.read(self.split, document).tokens[start:start + length + 1]
+              for document, start, length in pieces]
+    row = make_row(tokens, self.seq_len, self.tokenizer.pad_id)
     if self.split != "train":
-      row["bytes"] = np.sum(self.tokenizer.n_bytes_V[row["targets"]] * (row["segments"] > 0), dtype=np.int32)
+      n_bytes_T = self.tokenizer.n_bytes_V[row["targets"]] * (row["segments"] > 0)
+      row["bytes"] = n_bytes_T.sum(dtype=np.int32)
     return row
 
   def address(self, step: int, slot: int) -> list[Piece]:
@@ -140,9 +155,10 @@ class Rows:
       if limit is None or drawn[i] <= limit * epochs.n_rows:
         continue
       row = self.mixture.first_row_beyond(i, int(limit * epochs.n_rows), steps * self.batch_size)
-      raise ValueError(f"data.sources: {self.names[i]}: max_epochs={limit} of its {epochs.n_rows} rows are used up at "
-                       f"step {row // self.batch_size}, but steps={steps} take {drawn[i]} "
-                       f"({drawn[i] / epochs.n_rows:.2f} epochs); nearest valid steps: {row // self.batch_size}")
+      last = row // self.batch_size
+      raise ValueError(f"data.sources: {self.names[i]}: max_epochs={limit} of its {epochs.n_rows} "
+                       f"rows are used up at step {last}, but steps={steps} take {drawn[i]} "
+                       f"({drawn[i] / epochs.n_rows:.2f} epochs); nearest valid steps: {last}")
 
 
 def _stages(cfg, used, batch_size):
@@ -151,11 +167,13 @@ def _stages(cfg, used, batch_size):
   if weights[0] is None:
     size = {source.name: source.count("train", "tokens") for source in used}
     weights = [size[source.name] ** (1 / cfg.temperature) for source in cfg.sources]
-  return [(0, weights)] + [(step * batch_size, list(later)) for step, later in cfg.weights_from_step]
+  later = [(step * batch_size, list(then)) for step, then in cfg.weights_from_step]
+  return [(0, weights), *later]
 
 
-def make_batches(rows: Rows, *, start_step: int, slots: collections.abc.Sequence[int], prefetch: int
-                 ) -> collections.abc.Iterator[dict[str, np.ndarray]]:
+def make_batches(
+  rows: Rows, *, start_step: int, slots: collections.abc.Sequence[int], prefetch: int
+) -> collections.abc.Iterator[dict[str, np.ndarray]]:
   """Batches of steps start_step, start_step + 1, ... without end, read ahead in threads.
 
   Args:
@@ -167,27 +185,30 @@ def make_batches(rows: Rows, *, start_step: int, slots: collections.abc.Sequence
   """
   n = len(slots)
   numbers = grain.MapDataset.range(start_step * n, 1 << 62)
-  return iter(_read(numbers.map(lambda number: rows.row(number // n, slots[number % n])), n, prefetch))
+  return _read(numbers.map(lambda i: rows.row(i // n, slots[i % n])), n, prefetch)
 
 
-def val_batches(rows: Rows, *, slots: collections.abc.Sequence[int], limit: int | None = None, prefetch: int = 2
-                ) -> collections.abc.Iterator[dict[str, np.ndarray]]:
-  """The batches of the validation split, or of its first `limit` rows; the last is filled with rows of weight 0.
+def val_batches(
+  rows: Rows, *, slots: collections.abc.Sequence[int], limit: int | None = None, prefetch: int = 2
+) -> collections.abc.Iterator[dict[str, np.ndarray]]:
+  """The batches of the validation split, or of its first `limit` rows.
 
-  With `bytes` [len(slots)]: bits per byte = sum(weights * nll) / ln 2 / sum(bytes), over all processes.
+  The last is filled with rows of weight 0. With `bytes` [len(slots)] it is, over all processes,
+  bits per byte = sum(weights * nll) / ln 2 / sum(bytes).
   """
   n = len(slots)
   n_rows = min(limit or len(rows), len(rows))
   n_steps = -(-n_rows // rows.batch_size)
 
-  def row(number):
-    step, slot = number // n, slots[number % n]
+  def row(i):
+    step, slot = i // n, slots[i % n]
     past = step * rows.batch_size + slot >= n_rows
     return rows.row(len(rows), slot) if past else rows.row(step, slot)
 
-  return iter(_read(grain.MapDataset.range(n_steps * n).map(row), n, prefetch))
+  return _read(grain.MapDataset.range(n_steps * n).map(row), n, prefetch)
 
 
-def _read(dataset, batch, prefetch):
-  options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=max(1, prefetch * batch))
-  return dataset.batch(batch).to_iter_dataset(options)
+def _read(rows, n, prefetch):
+  """Iterates over batches of n rows, read in threads."""
+  options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=max(1, prefetch * n))
+  return iter(rows.batch(n).to_iter_dataset(options))

@@ -2,10 +2,11 @@
 
 python -m data.prepare --config=configs/quickstart.py
 
-Each source has a folder in data.cache_path, named by the hash of all that determines its content: the files found
-(with size and time), the fields of the source, the tokenizer and the validation fraction. It holds shards (ArrayRecord,
-one record a document), the lengths of their documents, and manifest.json, which is written last. A killed run goes on
-where it stopped; units that were finished are kept. Training calls this too, and only reads when nothing is missing.
+Each source has a folder in data.cache_path, named by the hash of all that determines its content:
+the files found (with size and time), the fields of the source, the tokenizer and the validation
+fraction. It holds shards (ArrayRecord, one record a document), the lengths of their documents, and
+manifest.json, which is written last. A killed run goes on where it stopped; units that were
+finished are kept. Training calls this too, and only reads when nothing is missing.
 """
 import argparse
 import bisect
@@ -30,7 +31,6 @@ import time
 import numpy as np
 import rich.console
 import rich.table
-from array_record.python import array_record_module
 
 from data import flags, sources
 from data.config import DataConfig, SourceConfig
@@ -52,7 +52,8 @@ class PreparedSource:
   Attributes:
     name: as in the config.
     folder: where they are.
-    manifest: counts (read, kept, dropped by reason; documents, tokens, bytes of each split) and hashes.
+    manifest: counts (read, kept, dropped by reason; documents, tokens, bytes of each split) and
+      hashes.
   """
   name: str
   folder: pathlib.Path
@@ -87,7 +88,7 @@ class PreparedSource:
     units = self._units(split)
     firsts = [0, *itertools.accumulate(unit["documents"] for unit in units)]
     paths = [self.folder / unit["files"][0]["name"] for unit in units]
-    return firsts[:-1], [array_record_module.ArrayRecordReader(str(p), "readahead_buffer_size:0") for p in paths]
+    return firsts[:-1], [sources.open_array_record(path) for path in paths]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -123,8 +124,8 @@ def prepare(cfg: DataConfig, log=print, verify: bool = False) -> Prepared:
     verify: hash every file, however large the cache is.
 
   Raises:
-    ValueError: a source has no usable document; the vocabulary does not suit the text; a shard or a manifest is not
-      what was written (named, with what was expected and found).
+    ValueError: a source has no usable document; the vocabulary does not suit the text; a shard or a
+      manifest is not what was written (named, with what was expected and found).
     OSError, RuntimeError: reading or writing failed. What is unfinished does not count as prepared.
   """
   parts = {source.name: sources.plan(source) for source in cfg.sources}
@@ -132,8 +133,10 @@ def prepare(cfg: DataConfig, log=print, verify: bool = False) -> Prepared:
   cache.mkdir(parents=True, exist_ok=True)
   tokenizer_path = _tokenizer_path(cfg, parts, cache, log)
   tokenizer = load_tokenizer(tokenizer_path, cfg.tokenizer.kind)
-  prepared = [_prepare_source(cfg, source, parts[source.name], tokenizer_path, tokenizer, log, verify)
-              for source in cfg.sources]
+  prepared = [
+    _prepare_source(cfg, source, parts[source.name], tokenizer_path, tokenizer, log, verify)
+    for source in cfg.sources
+  ]
   return Prepared(tokenizer_path=str(tokenizer_path), tokenizer=tokenizer, sources=prepared)
 
 
@@ -157,8 +160,11 @@ def _tokenizer_path(cfg, parts, cache, log) -> pathlib.Path:
   """The given tokenizer, or one trained on the training documents of all sources."""
   if cfg.tokenizer.path is not None:
     return pathlib.Path(cfg.tokenizer.path)
-  wanted = {"tokenizer": [cfg.tokenizer.model, cfg.tokenizer.vocab_size, cfg.tokenizer.train_bytes],
-            "sources": [[_identity(s), parts[s.name]] for s in cfg.sources], "val_fraction": cfg.val_fraction}
+  wanted = {
+    "tokenizer": [cfg.tokenizer.model, cfg.tokenizer.vocab_size, cfg.tokenizer.train_bytes],
+    "sources": [[_identity(s), parts[s.name]] for s in cfg.sources],
+    "val_fraction": cfg.val_fraction,
+  }
   path = cache / f"tokenizer-{_hash([FORMAT, wanted])[:12]}.model"
   with _locked(path.with_suffix(".lock")):
     if not path.exists():
@@ -229,7 +235,8 @@ def _prepare_source(cfg, source, parts, tokenizer_path, tokenizer, log, verify) 
       verify = False
     else:
       verify = verify or None
-    return PreparedSource(name=source.name, folder=folder, manifest=_checked(folder, wanted, verify))
+    manifest = _checked(folder, wanted, verify)
+  return PreparedSource(name=source.name, folder=folder, manifest=manifest)
 
 
 def _tokenise(folder, spec, name, workers, tokenizer, log) -> list[dict]:
@@ -238,14 +245,15 @@ def _tokenise(folder, spec, name, workers, tokenizer, log) -> list[dict]:
   n_units = len(spec["units"])
   missing = [number for number in range(n_units) if not done(number).exists()]
   n_bytes = sum(part.n_bytes for unit in spec["units"] for part in unit)
-  n_workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+  n_workers = min(workers or os.cpu_count(), len(missing))
   log(f"{name}: tokenising {len(missing)} of {n_units} units ({n_bytes / 1e6:.1f} MB in all), "
       f"{max(n_workers, 1)} at a time")
   begin = last = time.perf_counter()
   for i, _ in enumerate(_run(folder, spec, missing, n_workers, tokenizer), start=1):
     if time.perf_counter() - last > 10:
       last = time.perf_counter()
-      log(f"{name}: {i} of {len(missing)} units, {last - begin:.0f} s of about {(last - begin) * len(missing) / i:.0f}")
+      expected = (last - begin) * len(missing) / i
+      log(f"{name}: {i} of {len(missing)} units, {last - begin:.0f} s of about {expected:.0f}")
   return [json.loads(done(number).read_text()) for number in range(n_units)]
 
 
@@ -270,8 +278,13 @@ def _worker(folder) -> subprocess.Popen:
   root = pathlib.Path(__file__).parents[1]
   env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
          "TOKENIZERS_PARALLELISM": "false"}
-  return subprocess.Popen([sys.executable, "-m", "data.tokenise", str(folder)], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True, env=env)
+  return subprocess.Popen(
+    [sys.executable, "-m", "data.tokenise", str(folder)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    env=env,
+  )
 
 
 def _ask(idle, folder, number):
@@ -281,8 +294,8 @@ def _ask(idle, folder, number):
       worker.stdin.write(f"{number}\n")
       worker.stdin.flush()
     if worker.stdout.readline().strip() != str(number):
-      raise RuntimeError(f"{folder}: unit {number} failed in its worker process (exit code {worker.wait()}); "
-                         "its error is above")
+      raise RuntimeError(f"{folder}: unit {number} failed in its worker process (exit code "
+                         f"{worker.wait()}); its error is above")
   finally:
     idle.put(worker)
 
@@ -297,13 +310,22 @@ def _summary(units: list[dict], name: str, wanted: dict) -> dict:
                     for what in ("documents", "tokens", "bytes")} for split in SPLITS}
   kept = sum(split["documents"] for split in splits.values())
   if n_read != kept + sum(dropped.values()):
-    raise RuntimeError(f"{name}: read {n_read} documents, but kept {kept} and dropped {dict(dropped)}")
+    raise RuntimeError(f"{name}: read {n_read} documents, kept {kept}, dropped {dict(dropped)}")
   if not splits["train"]["documents"]:
-    raise ValueError(f"data.sources: {name}: no document to train on; read {n_read}, dropped {dict(dropped)}, "
-                     f"validation {splits['val']['documents']}")
-  content = _hash([[unit["splits"].get(split, {}).get("content") for unit in units] for split in SPLITS])
-  manifest = {**wanted, "read": n_read, "kept": kept, "dropped": dict(sorted(dropped.items())), "splits": splits,
-              "content": content, "units": units}
+    raise ValueError(f"data.sources: {name}: no document to train on; read {n_read}, dropped "
+                     f"{dict(dropped)}, validation {splits['val']['documents']}")
+  content = _hash([
+    [unit["splits"].get(split, {}).get("content") for unit in units] for split in SPLITS
+  ])
+  manifest = {
+    **wanted,
+    "read": n_read,
+    "kept": kept,
+    "dropped": dict(sorted(dropped.items())),
+    "splits": splits,
+    "content": content,
+    "units": units,
+  }
   return {**manifest, "sha256": _hash(manifest)}
 
 
@@ -325,28 +347,34 @@ def _checked(folder, wanted, verify) -> dict:
   for key, value in wanted.items():
     if manifest[key] != value:
       raise ValueError(f"{path}: {key}: expected {value}, found {manifest[key]}{again}")
-  files = [file for unit in manifest["units"] for split in unit["splits"].values() for file in split["files"]]
+  splits = [split for unit in manifest["units"] for split in unit["splits"].values()]
+  files = [file for split in splits for file in split["files"]]
   for file in files:
-    found = (folder / file["name"]).stat().st_size if (folder / file["name"]).exists() else "no file"
+    path = folder / file["name"]
+    found = path.stat().st_size if path.exists() else "no file"
     if found != file["size"]:
-      raise ValueError(f"{folder / file['name']}: expected {file['size']} bytes, found {found}{again}")
+      raise ValueError(f"{path}: expected {file['size']} bytes, found {found}{again}")
   if verify is None:
     verify = sum(file["size"] for file in files) <= VERIFY_BYTES
   if verify:
+    paths = [folder / file["name"] for file in files]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      for file, found in zip(files, pool.map(lambda file: file_hash(folder / file["name"]), files)):
+      for path, file, found in zip(paths, files, pool.map(file_hash, paths)):
         if found != file["sha256"]:
-          raise ValueError(f"{folder / file['name']}: expected sha256 {file['sha256']}, found {found}{again}")
+          raise ValueError(f"{path}: expected sha256 {file['sha256']}, found {found}{again}")
   return manifest
 
 
 def main(argv=None) -> int:
   parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--verify", action="store_true", help="hash every file of the cache, however large it is")
+  parser.add_argument(
+    "--verify", action="store_true", help="hash every file of the cache, however large it is"
+  )
   config, args = flags.load(parser, argv)
   try:
-    prepared = prepare(config.data, log=lambda line: print(line, file=sys.stderr), verify=args.verify)
+    prepared = prepare(config.data, log=functools.partial(print, file=sys.stderr),
+                       verify=args.verify)
   except ValueError as error:
     print(f"{parser.prog}: error: {error}", file=sys.stderr)
     return 2
@@ -355,13 +383,16 @@ def main(argv=None) -> int:
 
 
 def _print_table(prepared):
-  table = rich.table.Table(title=f"tokenizer {prepared.tokenizer_path}, {prepared.tokenizer.vocab_size} pieces")
+  table = rich.table.Table(
+    title=f"tokenizer {prepared.tokenizer_path}, {prepared.tokenizer.vocab_size} pieces"
+  )
   for column in ("source", "read", "kept", "dropped", "train tokens", "val tokens", "bytes/token"):
     table.add_column(column, justify="left" if column in ("source", "dropped") else "right")
   for source in prepared.sources:
     manifest = source.manifest
     dropped = ", ".join(f"{reason} {n}" for reason, n in manifest["dropped"].items()) or "none"
-    n_bytes, n_tokens = (sum(source.count(split, what) for split in SPLITS) for what in ("bytes", "tokens"))
+    n_bytes = sum(source.count(split, "bytes") for split in SPLITS)
+    n_tokens = sum(source.count(split, "tokens") for split in SPLITS)
     table.add_row(source.name, f"{manifest['read']:,}", f"{manifest['kept']:,}", dropped,
                   f"{source.count('train', 'tokens'):,}", f"{source.count('val', 'tokens'):,}",
                   f"{n_bytes / n_tokens:.2f}")

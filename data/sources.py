@@ -1,7 +1,8 @@
 """Where documents come from: one entry of SOURCE per kind, each of two functions.
 
-plan(config) lists parts, the smallest pieces of work, from names and sizes alone; read(config, part) gives the
-documents of one. A part is a plain tuple, so it can be hashed, written as JSON and given to another process.
+plan(config) lists parts, the smallest pieces of work, from names and sizes alone; read(config,
+part) gives the documents of one. A part is a plain tuple, so it can be hashed, written as JSON and
+given to another process.
 """
 import collections.abc
 import glob
@@ -179,8 +180,8 @@ def _plan_parquet(cfg):
   for path in find_files(cfg):
     file = pyarrow.parquet.ParquetFile(path)
     if cfg.text_key not in file.schema_arrow.names:
-      raise ValueError(f"data.sources: {cfg.name}: text_key {cfg.text_key!r} is no column of {path}, which has "
-                       f"{file.schema_arrow.names}")
+      raise ValueError(f"data.sources: {cfg.name}: text_key {cfg.text_key!r} is no column of {path}, "
+                       f"which has {file.schema_arrow.names}")
     sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     parts += [_part(path, i, i + 1, size) for i, size in enumerate(sizes)]
   return parts
@@ -199,18 +200,20 @@ def _read_parquet(cfg, part):
 
 # array_record: a record is a document.
 def _plan_array_record(cfg):
-  return [part for path in find_files(cfg) for part in _ranges(path, _reader(path).num_records())]
+  counts = {path: open_array_record(path).num_records() for path in find_files(cfg)}
+  return [part for path, n in counts.items() for part in _ranges(path, n)]
 
 
 def _read_array_record(cfg, part):
-  reader = _reader(part.path)
+  reader = open_array_record(part.path)
   for i in range(part.start, part.stop):
     yield f"{_address(part.path)}#{i}", reader.read([i])[0], None
 
 
-def _reader(path):
+def open_array_record(path):
+  """A reader for random access, safe from several threads."""
   from array_record.python import array_record_module
-  return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
+  return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
 
 
 # tfds: an example is a document. Without TensorFlow, so from datasets prepared as array_record.
@@ -225,33 +228,43 @@ def _tfds(cfg):
 def _plan_tfds(cfg):
   builder = _tfds(cfg)
   if not builder.info.splits:
-    raise ValueError(f"data.sources: {cfg.name}: {cfg.path!r} is not prepared in {builder.data_dir}; prepare it with "
-                     "file_format='array_record', or give the folder of a prepared one as path")
+    raise ValueError(f"data.sources: {cfg.name}: {cfg.path!r} is not prepared in "
+                     f"{builder.data_dir}; prepare it with file_format='array_record', or give the "
+                     "folder of a prepared one as path")
   if cfg.split not in builder.info.splits:
-    raise ValueError(f"data.sources: {cfg.name}: split {cfg.split!r} is not one of {sorted(builder.info.splits)}")
+    raise ValueError(
+      f"data.sources: {cfg.name}: split {cfg.split!r} is not one of {sorted(builder.info.splits)}"
+    )
   if cfg.text_key not in builder.info.features:
-    raise ValueError(f"data.sources: {cfg.name}: text_key {cfg.text_key!r} is not one of the features "
-                     f"{sorted(builder.info.features)}")
+    raise ValueError(f"data.sources: {cfg.name}: text_key {cfg.text_key!r} is not one of the "
+                     f"features {sorted(builder.info.features)}")
   if "array_record" not in str(builder.info.file_format).lower():
-    raise ValueError(f"data.sources: {cfg.name}: {cfg.path!r} is stored as {builder.info.file_format}; only "
-                     "file_format='array_record' can be read without TensorFlow")
+    raise ValueError(f"data.sources: {cfg.name}: {cfg.path!r} is stored as "
+                     f"{builder.info.file_format}; only file_format='array_record' can be read "
+                     "without TensorFlow")
   split = builder.info.splits[cfg.split]
   mtime = max(os.stat(path).st_mtime_ns for path in split.filepaths)
   n, size = split.num_examples, max(split.num_bytes, 1)
   step = max(1, n * PART_BYTES // size)
-  return [Part(cfg.path, i, min(i + step, n), min(step, n - i) * size // n, mtime) for i in range(0, n, step)]
+  return [
+    Part(cfg.path, i, min(i + step, n), min(step, n - i) * size // n, mtime)
+    for i in range(0, n, step)
+  ]
 
 
 def _read_tfds(cfg, part):
   import tensorflow_datasets as tfds
   builder = _tfds(cfg)
-  others = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name != cfg.text_key}
+  others = {
+    name: tfds.decode.SkipDecoding() for name in builder.info.features if name != cfg.text_key
+  }
   examples = builder.as_data_source(split=cfg.split, decoders=others)
   for i in range(part.start, part.stop):
     yield f"{cfg.path}/{cfg.split}#{i}", examples[i][cfg.text_key], None
 
 
-# synthetic: made up, so that tests and first steps need no file. Small grammar, so that a tiny model learns it.
+# synthetic: made up, so that tests and first steps need no file. Small grammar, so that a tiny
+# model learns it.
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Ivy"]
 THINGS = ["apple", "book", "chair", "drum", "lamp", "map", "ring", "stone"]
 VERBS = ["finds", "takes", "wants", "hides", "draws", "sells"]
@@ -261,18 +274,20 @@ VARIABLES = ["total", "count", "index", "value", "result", "size"]
 
 def make_text(number: int) -> str:
   """Document `number` of the synthetic source: a story or a few Python functions."""
-  rng = random.Random(int.from_bytes(hashlib.sha256(f"synthetic {number}".encode()).digest()[:8], "little"))
+  rng = random.Random(
+    int.from_bytes(hashlib.sha256(f"synthetic {number}".encode()).digest()[:8], "little")
+  )
   pick = rng.choice
   if number % 2:
     who = pick(NAMES)
-    lines = [f"{who} {pick(VERBS)} a {pick(THINGS)} in the {pick(PLACES)}. Then {who} goes to the {pick(PLACES)}."
-             for _ in range(rng.randint(2, 10))]
+    lines = [f"{who} {pick(VERBS)} a {pick(THINGS)} in the {pick(PLACES)}. "
+             f"Then {who} goes to the {pick(PLACES)}." for _ in range(rng.randint(2, 10))]
     return f"A story of {who}, number {number}.\n\n" + "\n".join(lines) + "\n"
   functions = []
   for _ in range(rng.randint(1, 4)):
     a, b = rng.sample(VARIABLES, 2)
-    functions.append(f"def {pick(VERBS)}_{pick(THINGS)}({a}, {b}):\n  for i in range({a}):\n    {b} += i * {a}\n"
-                     f"  return {b}\n")
+    functions.append(f"def {pick(VERBS)}_{pick(THINGS)}({a}, {b}):\n  for i in range({a}):\n"
+                     f"    {b} += i * {a}\n  return {b}\n")
   return f"# module {number}\n" + "\n".join(functions)
 
 

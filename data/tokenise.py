@@ -1,8 +1,9 @@
-"""One unit of work of `data.prepare`: some parts of a source become two shards (train, val) and a record of them.
+"""One unit of work of data.prepare: some parts of a source become two shards (train, val).
 
-Run as a process of its own, `python -m data.tokenise FOLDER` reads unit numbers from its input and answers each with a
-line. It is started by prepare, which thereby needs no fork (the caller may hold threads and devices) and does not
-import the caller's main module again; when prepare is killed its input closes and it ends.
+Run as a process of its own, `python -m data.tokenise FOLDER` reads unit numbers from its input and
+answers each with a line. It is started by prepare, which thereby needs no fork (the caller may hold
+threads and devices) and does not import the caller's main module again; when prepare is killed its
+input closes and it ends.
 """
 import collections
 import contextlib
@@ -26,7 +27,7 @@ HEADER = struct.Struct("<BHQ")  # Bytes per token id, bytes of the key, bytes of
 
 
 class Record(NamedTuple):
-  """A tokenised document, as the shards hold it: header, key (UTF-8), ids (uint16 or uint32, little-endian)."""
+  """A tokenised document. In the shards: header, key (UTF-8), ids (little-endian)."""
   key: str
   n_bytes: int  # Of the text.
   tokens: np.ndarray  # uint16 or uint32 [n], from the beginning marker to the end marker.
@@ -39,7 +40,8 @@ class Record(NamedTuple):
   def unpack(cls, raw: bytes) -> "Record":
     itemsize, n_key, n_bytes = HEADER.unpack_from(raw)
     at = HEADER.size + n_key
-    return cls(raw[HEADER.size:at].decode(), n_bytes, np.frombuffer(raw, f"<u{itemsize}", offset=at))
+    tokens = np.frombuffer(raw, f"<u{itemsize}", offset=at)
+    return cls(raw[HEADER.size:at].decode(), n_bytes, tokens)
 
 
 def is_validation(text: str, fraction: float) -> bool:
@@ -49,21 +51,23 @@ def is_validation(text: str, fraction: float) -> bool:
 
 
 class ShardWriter:
-  """Writes one shard and the lengths of its documents; both are in place when the stack unwinds without an error."""
+  """Writes a shard and the lengths of its documents; both appear when the stack ends well."""
 
   def __init__(self, path: pathlib.Path, stack: contextlib.ExitStack):
     lengths_path = path.with_suffix(".lengths.npy")
     self._parts = {p.name: stack.enter_context(replacing(p)) for p in (path, lengths_path)}
     self._part, self._lengths_part = self._parts.values()
     # One record a group: rows are read at random. Ids of a good tokenizer hardly compress.
-    self._writer = array_record_module.ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
+    options = "group_size:1,uncompressed"
+    self._writer = array_record_module.ArrayRecordWriter(str(self._part), options)
     self._content = hashlib.sha256()
     self._lengths = []
     self._n_bytes = 0
 
   def add(self, record: Record):
     self._writer.write(record.pack())
-    self._content.update(struct.pack("<Q", len(record.tokens)) + record.tokens.astype("<u4").tobytes())
+    self._content.update(struct.pack("<Q", len(record.tokens)))
+    self._content.update(record.tokens.astype("<u4").tobytes())
     self._lengths.append(len(record.tokens))
     self._n_bytes += record.n_bytes
 
@@ -86,20 +90,21 @@ class ShardWriter:
 
 
 def tokenise_unit(folder: pathlib.Path, spec: dict, number: int, tokenizer: Tokenizer) -> dict:
-  """Makes unit `number` of a prepared source: its shards, then NUMBER.json, whose presence says that they are whole.
+  """Makes a unit's shards, then NUMBER.json, whose presence says that they are whole.
 
   Args:
     folder: of the source in the cache.
     spec: what data.prepare wrote there as spec.json.
 
   Returns:
-    What the JSON holds: documents read, dropped by reason, and per split the counts, files and hash of the content.
+    What the JSON holds: documents read and dropped by reason; for each split the counts, files and
+    hash of the content.
 
   Raises:
     OSError, RuntimeError: nothing that counts as finished is left.
   """
   source = SourceConfig(**spec["source"])
-  dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+  dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
   writers, dropped, batch, size, n_read = {}, collections.Counter(), [], 0, 0
 
   def flush(stack):

@@ -1,7 +1,8 @@
-"""Text <-> token ids: SentencePiece and Hugging Face tokenizer.json files behind one class, and training one.
+"""Text <-> token ids: SentencePiece models and Hugging Face tokenizer.json files as one class.
 
-Every tokenizer is reduced to a table of the bytes that each id stands for. Decoding is joining them, so the length
-of a token in bytes (for bits per byte) and streaming (never half a character) come from the same table.
+Every tokenizer is reduced to a table of the bytes that each id stands for. Decoding is joining
+them, so the length of a token in bytes (for bits per byte) and streaming (never half a character)
+come from the same table.
 """
 import codecs
 import collections.abc
@@ -22,13 +23,15 @@ from data.files import replacing
 # The ids of the special pieces of a tokenizer trained here.
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
-# Names that published tokenizer.json files give their special tokens, where no tokenizer_config.json says it.
+# Names that published tokenizer.json files give their special tokens, where no
+# tokenizer_config.json says it.
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
 EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
 PAD_NAMES = ("<pad>", "<|pad|>", "<|endoftext|>")
 
 SPACE = "\u2581"  # What SentencePiece writes for a space.
-BLOCK_CHARS = 2000  # Training reads blocks of whole lines of about this size, so that line ends are learned too.
+# Training reads blocks of whole lines of about this size, so that line ends are learned too.
+BLOCK_CHARS = 2000
 
 
 class Tokenizer:
@@ -36,22 +39,32 @@ class Tokenizer:
 
   Attributes:
     vocab_size: number of ids.
-    bos_id, eos_id, pad_id: a vocabulary without a beginning marker opens documents with its end marker, as GPT-2
-      does; one without padding pads with the end marker, whose weight is 0.
+    bos_id, eos_id, pad_id: a vocabulary without a beginning marker opens documents with its end
+      marker, as GPT-2 does; one without padding pads with the end marker, whose weight is 0.
     sha256: of the file it was read from.
     token_bytes: [V] what each id stands for; empty for special ones.
     n_bytes_V: int32 [V], their lengths.
   """
 
-  def __init__(self, *, encode_batch, token_bytes: list[bytes], bos_id: int, eos_id: int, pad_id: int, sha256: str,
-               prefix_space: bool = False):
+  def __init__(
+    self,
+    *,
+    encode_batch,
+    token_bytes: list[bytes],
+    bos_id: int,
+    eos_id: int,
+    pad_id: int,
+    sha256: str,
+    prefix_space: bool = False,
+  ):
     self.encode_batch = encode_batch
     self.token_bytes = token_bytes
     self.n_bytes_V = np.array([len(b) for b in token_bytes], np.int32)
     self.vocab_size = len(token_bytes)
     self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
     self.sha256 = sha256
-    self._prefix_space = prefix_space  # Llama 2 puts one space before every text: decoding takes it away.
+    # Llama 2 puts one space before every text: decoding takes it away.
+    self._prefix_space = prefix_space
 
   def encode(self, text: str) -> list[int]:
     """The ids of the text alone, without special ones, even where the text spells one."""
@@ -63,8 +76,13 @@ class Tokenizer:
     Raises:
       ValueError: an id outside the vocabulary.
     """
-    stream = self.stream()
-    return "".join(map(stream.push, ids)) + stream.finish()
+    ids = list(ids)
+    if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+      raise ValueError(
+        f"token ids {min(ids)} .. {max(ids)} are outside the vocabulary of {self.vocab_size}"
+      )
+    text = b"".join(map(self.token_bytes.__getitem__, ids)).decode(errors="replace")
+    return text.removeprefix(" ") if self._prefix_space else text
 
   def stream(self) -> "TextStream":
     """Decodes ids one at a time."""
@@ -72,7 +90,7 @@ class Tokenizer:
 
 
 class TextStream:
-  """The text that each new token adds, never half a character: those bytes wait for the token that completes it."""
+  """The text that each new token adds; half a character waits for the token that completes it."""
 
   def __init__(self, tokenizer: Tokenizer):
     self._tokenizer = tokenizer
@@ -81,7 +99,9 @@ class TextStream:
 
   def push(self, token: int) -> str:
     if not 0 <= token < self._tokenizer.vocab_size:
-      raise ValueError(f"token id {token} is outside the vocabulary of {self._tokenizer.vocab_size}")
+      raise ValueError(
+        f"token id {token} is outside the vocabulary of {self._tokenizer.vocab_size}"
+      )
     text = self._utf8.decode(self._tokenizer.token_bytes[token])
     if self._strip and text:
       self._strip = False
@@ -94,7 +114,7 @@ class TextStream:
 
 
 def load_tokenizer(path: str | os.PathLike, kind: str | None = None) -> Tokenizer:
-  """Reads a SentencePiece model, or a Hugging Face tokenizer.json when the name ends so (or kind says so).
+  """Reads a vocabulary; without a kind, a name that ends in .json is Hugging Face's.
 
   Raises:
     ValueError: the file is missing, is neither, or cannot give back the text that it encoded.
@@ -125,7 +145,8 @@ def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
   has_fallback = all(map(model.is_byte, fallback))
 
   def encode_batch(texts: list[str]) -> list[list[int]]:
-    # SentencePiece writes spaces as U+2581, so a real U+2581 would come back as a space: spell it in bytes.
+    # SentencePiece writes spaces as U+2581, so a real U+2581 would come back as a space: spell it
+    # in bytes.
     if not has_fallback or not any(SPACE in text for text in texts):
       return model.encode(texts)
     batch = []
@@ -137,9 +158,16 @@ def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
   bos, eos, pad = model.bos_id(), model.eos_id(), model.pad_id()
   if eos < 0:
     raise ValueError(f"tokenizer {path} has no end-of-sentence piece: documents need one")
-  prefix = len(token_bytes[(model.encode("a") or [0])[0]]) > 1 and token_bytes[model.encode("a")[0]][:1] == b" "
-  return Tokenizer(encode_batch=encode_batch, token_bytes=token_bytes, bos_id=bos if bos >= 0 else eos, eos_id=eos,
-                   pad_id=pad if pad >= 0 else eos, sha256=hashlib.sha256(raw).hexdigest(), prefix_space=prefix)
+  prefix_space = token_bytes[model.encode("a")[0]].startswith(b" ")
+  return Tokenizer(
+    encode_batch=encode_batch,
+    token_bytes=token_bytes,
+    bos_id=bos if bos >= 0 else eos,
+    eos_id=eos,
+    pad_id=pad if pad >= 0 else eos,
+    sha256=hashlib.sha256(raw).hexdigest(),
+    prefix_space=prefix_space,
+  )
 
 
 def _load_huggingface(path: pathlib.Path) -> Tokenizer:
@@ -171,16 +199,22 @@ def _load_huggingface(path: pathlib.Path) -> Tokenizer:
 
   eos = special("eos_token", EOS_NAMES)
   if eos is None:
-    raise ValueError(f"tokenizer {path}: none of its special tokens {sorted(specials)} is known to end a document; "
-                     f"name it as eos_token in {path.with_name('tokenizer_config.json')}")
+    raise ValueError(f"tokenizer {path}: none of its special tokens {sorted(specials)} is known to "
+                     "end a document; name it as eos_token in a tokenizer_config.json beside it")
   bos, pad = special("bos_token", BOS_NAMES), special("pad_token", PAD_NAMES)
 
   def encode_batch(texts: list[str]) -> list[list[int]]:
     return [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)]
 
-  return Tokenizer(encode_batch=encode_batch, token_bytes=token_bytes, bos_id=eos if bos is None else bos, eos_id=eos,
-                   pad_id=eos if pad is None else pad, sha256=hashlib.sha256(raw).hexdigest(),
-                   prefix_space="Strip" in json.dumps(spec.get("decoder")))
+  return Tokenizer(
+    encode_batch=encode_batch,
+    token_bytes=token_bytes,
+    bos_id=eos if bos is None else bos,
+    eos_id=eos,
+    pad_id=eos if pad is None else pad,
+    sha256=hashlib.sha256(raw).hexdigest(),
+    prefix_space="Strip" in json.dumps(spec.get("decoder")),
+  )
 
 
 def _huggingface_bytes(path, decoder: dict):
@@ -188,13 +222,15 @@ def _huggingface_bytes(path, decoder: dict):
   kinds = [d["type"] for d in decoder.get("decoders", [decoder]) if "type" in d]
   if "ByteLevel" in kinds:
     table = _byte_level()
-    return lambda token: bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
+    return lambda token: (
+      bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
+    )
   if "ByteFallback" in kinds or "Metaspace" in kinds:
     byte = re.compile(r"<0x([0-9A-F]{2})>")
     return lambda token: (bytes([int(m[1], 16)]) if (m := byte.fullmatch(token))
                           else token.replace(SPACE, " ").encode())
-  raise ValueError(f"tokenizer {path}: its decoder is {kinds or None}; ByteLevel, ByteFallback and Metaspace are known "
-                   "to give back the text that was encoded")
+  raise ValueError(f"tokenizer {path}: its decoder is {kinds or None}; ByteLevel, ByteFallback and "
+                   "Metaspace are known to give back the text that was encoded")
 
 
 def _byte_level() -> dict[str, int]:
@@ -207,9 +243,13 @@ def _byte_level() -> dict[str, int]:
 TOKENIZER = {"sentencepiece": _load_sentencepiece, "huggingface": _load_huggingface}
 
 
-def train_tokenizer(texts: collections.abc.Iterable[str], cfg: TokenizerConfig, out_path: str | os.PathLike,
-                    total_bytes: int | None = None) -> Tokenizer:
-  """Trains SentencePiece with byte fallback and no normalisation: decode(encode(x)) == x for every string.
+def train_tokenizer(
+  texts: collections.abc.Iterable[str],
+  cfg: TokenizerConfig,
+  out_path: str | os.PathLike,
+  total_bytes: int | None = None,
+) -> Tokenizer:
+  """Trains SentencePiece so that decode(encode(x)) == x: byte fallback, nothing normalised.
 
   The same texts and config give the same file, whatever the machine.
 
@@ -225,13 +265,25 @@ def train_tokenizer(texts: collections.abc.Iterable[str], cfg: TokenizerConfig, 
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_blocks(texts, share), model_writer=model, model_type=cfg.model, vocab_size=cfg.vocab_size,
-      pad_id=PAD_ID, bos_id=BOS_ID, eos_id=EOS_ID, unk_id=UNK_ID,
-      byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
-      normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-      character_coverage=0.9999, max_sentence_length=1 << 20,
+      sentence_iterator=_blocks(texts, share),
+      model_writer=model,
+      model_type=cfg.model,
+      vocab_size=cfg.vocab_size,
+      pad_id=PAD_ID,
+      bos_id=BOS_ID,
+      eos_id=EOS_ID,
+      unk_id=UNK_ID,
+      byte_fallback=True,
+      split_digits=True,
+      allow_whitespace_only_pieces=True,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      character_coverage=0.9999,
+      max_sentence_length=1 << 20,
       num_threads=1,  # It is written into the file, and the pieces must not depend on the machine.
-      minloglevel=2)
+      minloglevel=2,
+    )
   except RuntimeError as error:
     limit = re.search(r"<= (\d+)|\d+ vs (\d+)", str(error))
     nearest = f"; nearest valid: {limit[1] or limit[2]}" if limit else ""

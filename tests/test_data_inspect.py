@@ -1,7 +1,3 @@
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
 from data import inspect
@@ -9,7 +5,6 @@ from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.pipeline import Rows
 from data.prepare import prepare
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = '''
 from configs import tiny
 from data.config import SourceConfig
@@ -35,18 +30,26 @@ def test_shares_over_ten_thousand_rows(tmp_path):
     assert s["documents"] == s["of"] and s["epochs"] > 1 and 0.97 < s["packing"] <= 1
 
 
-def run(*flags, cwd=ROOT):
-  return subprocess.run([sys.executable, "-m", "data.inspect", *flags], cwd=cwd, capture_output=True, text=True)
-
-
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys):
   path = tmp_path / "two.py"
   path.write_text(CONFIG.format(cache=str(tmp_path / "cache")))
-  table = run(f"--config={path}", "--steps=40").stdout
-  for word in ("most", "rest", "65.00%", "35.00%", "40 steps of 8 rows of 64", "from step 30: most 50.00%"):
+
+  def run(*flags):
+    assert inspect.main([f"--config={path}", *flags]) == 0
+    return capsys.readouterr().out
+
+  table = run("--steps=40")
+  for word in (
+    "most",
+    "rest",
+    "65.00%",
+    "35.00%",
+    "40 steps of 8 rows of 64",
+    "from step 30: most 50.00%",
+  ):
     assert word in table
-  step = run(f"--config={path}", "--step=3").stdout
-  assert step.count("step 3 slot ") == 8 and "synthetic synthetic" not in step
+  step = run("--step=3")
+  assert step.count("step 3 slot ") == 8
   assert "most synthetic#" in step and "[0:" in step and ("A story of" in step or "def " in step)
-  refused = run(f"--config={path}", "--steps=0")
-  assert refused.returncode == 2 and "--steps=0 must be at least 1" in refused.stderr
+  assert inspect.main([f"--config={path}", "--steps=0"]) == 2
+  assert "--steps=0 must be at least 1" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import collections
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -66,8 +67,8 @@ def test_the_deal_depends_on_seed_and_row_alone():
 def test_where_a_source_runs_out():
   mixture = Mixture(list("ab"), [(0, [3, 1])], 0)
   dealt = deal(mixture, range(5000))
-  for n in (0, 1, 300, 1000):
-    assert mixture.first_row_beyond(1, n, 5000) == dealt.index((1, n))
+  for source, n in itertools.product((0, 1), (0, 1, 300, 1000)):
+    assert mixture.first_row_beyond(source, n, 5000) == dealt.index((source, n))
   assert mixture.first_row_beyond(1, 1300, 5000) is None
 
 

@@ -21,7 +21,9 @@ def predictions(plan):
 @hypothesis.settings(max_examples=100, deadline=None)
 def test_every_prediction_stands_in_exactly_one_row(name, lengths, seq_len):
   plan = PACKING[name](np.array(lengths, np.int64), seq_len)
-  assert predictions(plan) == collections.Counter((d, i) for d, n in enumerate(lengths) for i in range(n))
+  assert predictions(plan) == collections.Counter(
+    (d, i) for d, n in enumerate(lengths) for i in range(n)
+  )
   for r in range(plan.n_rows):
     assert 0 < sum(n for _, _, n in plan.row(r)) <= seq_len
     assert all(n > 0 for _, _, n in plan.row(r))
@@ -33,7 +35,12 @@ def test_concat_pads_only_the_last_row(lengths, seq_len):
   plan = concat(np.array(lengths, np.int64), seq_len)
   assert plan.n_rows == -(-sum(lengths) // seq_len)
   stream = [(d, i) for d, n in enumerate(lengths) for i in range(n)]
-  laid = [(d, i) for r in range(plan.n_rows) for d, start, n in plan.row(r) for i in range(start, start + n)]
+  laid = [
+    (d, i)
+    for r in range(plan.n_rows)
+    for d, start, n in plan.row(r)
+    for i in range(start, start + n)
+  ]
   assert laid == stream
 
 
@@ -75,9 +82,21 @@ def test_best_fit_wastes_little_on_long_tailed_lengths():
 
 
 def test_row_layout():
-  row = make_row([np.array([1, 7, 8, 2], np.uint16), np.array([1, 9], np.uint16)], seq_len=6, pad_id=0)
-  expected = {"tokens": [1, 7, 8, 1, 0, 0], "targets": [7, 8, 2, 9, 0, 0], "weights": [1, 1, 1, 1, 0, 0],
-              "positions": [0, 1, 2, 0, 0, 0], "segments": [1, 1, 1, 2, 0, 0]}
+  row = make_row(
+    [np.array([1, 7, 8, 2], np.uint16), np.array([1, 9], np.uint16)], seq_len=6, pad_id=0
+  )
+  expected = {
+    "tokens": [1, 7, 8, 1, 0, 0],
+    "targets": [7, 8, 2, 9, 0, 0],
+    "weights": [1, 1, 1, 1, 0, 0],
+    "positions": [0, 1, 2, 0, 0, 0],
+    "segments": [1, 1, 1, 2, 0, 0],
+  }
   assert {name: array.tolist() for name, array in row.items()} == expected
   assert {name: array.dtype.name for name, array in row.items()} == {
-    "tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32", "segments": "int32"}
+    "tokens": "int32",
+    "targets": "int32",
+    "weights": "float32",
+    "positions": "int32",
+    "segments": "int32",
+  }

@@ -23,10 +23,16 @@ def data(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
   for i in range(1000, 1040):
     (folder / f"{i}.txt").write_text(make_text(i))
-  cfg = DataConfig(sources=[SourceConfig(name="made", kind="synthetic", documents=150, weight=2.0),
-                            SourceConfig(name="files", path=f"{folder}/*.txt", weight=1.0)],
-                   tokenizer=TokenizerConfig(vocab_size=400), val_fraction=0.1, packing=request.param,
-                   cache_path=str(folder / "cache")).validate()
+  cfg = DataConfig(
+    sources=[
+      SourceConfig(name="made", kind="synthetic", documents=150, weight=2.0),
+      SourceConfig(name="files", path=f"{folder}/*.txt", weight=1.0),
+    ],
+    tokenizer=TokenizerConfig(vocab_size=400),
+    val_fraction=0.1,
+    packing=request.param,
+    cache_path=str(folder / "cache"),
+  ).validate()
   return prepare(cfg, log=silent), cfg
 
 
@@ -53,9 +59,13 @@ def assert_same(a, b):
 def test_any_number_of_hosts_sees_the_same_batches(rows, hosts):
   whole = take(make_batches(rows, start_step=0, slots=range(B), prefetch=2), 30)
   each = B // hosts
-  parts = [take(make_batches(rows, start_step=0, slots=range(h * each, (h + 1) * each), prefetch=2), 30)
-           for h in range(hosts)]
-  together = [{name: np.concatenate([p[name] for p in step]) for name in step[0]} for step in zip(*parts)]
+  parts = [
+    take(make_batches(rows, start_step=0, slots=range(h * each, (h + 1) * each), prefetch=2), 30)
+    for h in range(hosts)
+  ]
+  together = [
+    {name: np.concatenate([p[name] for p in step]) for name in step[0]} for step in zip(*parts)
+  ]
   assert_same(together, whole)
 
 
@@ -71,7 +81,10 @@ def test_a_restart_at_any_step_gives_the_same_batches(data, rows):
   whole = take(make_batches(rows, start_step=0, slots=range(B), prefetch=2), 100)
   for step in random.Random(0).sample(range(97), 20):
     fresh = Rows(prepared, cfg, seq_len=T, batch_size=B, seed=1)
-    assert_same(take(make_batches(fresh, start_step=step, slots=range(B), prefetch=2), 3), whole[step:step + 3])
+    assert_same(
+      take(make_batches(fresh, start_step=step, slots=range(B), prefetch=2), 3),
+      whole[step : step + 3],
+    )
 
 
 def test_the_seed_changes_the_rows(data, rows):
@@ -101,23 +114,35 @@ def test_an_address_is_where_the_tokens_come_from(data, rows):
 def test_an_epoch_trains_every_token_but_the_first_of_each_document_once(data, rows):
   prepared, _ = data
   epochs = {name: e.n_rows for name, e in zip(rows.names, rows.sources)}
-  want = {name: collections.Counter((d, i) for d, n in enumerate(e.source.lengths("train")) for i in range(1, n))
-          for name, e in zip(rows.names, rows.sources)}
-  seen, orders = collections.defaultdict(lambda: collections.defaultdict(list)), collections.defaultdict(list)
+  want = {
+    name: collections.Counter(
+      (d, i) for d, n in enumerate(e.source.lengths("train")) for i in range(1, n)
+    )
+    for name, e in zip(rows.names, rows.sources)
+  }
+  seen, orders = (
+    collections.defaultdict(lambda: collections.defaultdict(list)),
+    collections.defaultdict(list),
+  )
   for number in range(3 * sum(epochs.values())):
     i, n = rows.mixture.locate(number)
     name = rows.names[i]
     pieces = rows.sources[i].pieces(n)
-    seen[name][n // epochs[name]] += [(d, j + 1) for d, start, length in pieces for j in range(start, start + length)]
+    seen[name][n // epochs[name]] += [
+      (d, j + 1) for d, start, length in pieces for j in range(start, start + length)
+    ]
     orders[name, n // epochs[name]].append(tuple(pieces))
   for name in rows.names:
     for epoch in (0, 1):  # Both are complete for both sources.
       assert collections.Counter(seen[name][epoch]) == want[name]
     assert orders[name, 0] != orders[name, 1]
+    assert set(orders[name, 0]) != set(orders[name, 1])  # Documents meet others.
 
 
 def test_sources_take_turns_by_weight(rows):
-  drawn = collections.Counter(rows.address(step, slot)[0].source for step in range(500) for slot in range(B))
+  drawn = collections.Counter(
+    rows.address(step, slot)[0].source for step in range(500) for slot in range(B)
+  )
   assert abs(drawn["made"] / (500 * B) - 2 / 3) < 0.005
 
 
@@ -126,8 +151,11 @@ def test_temperature(data):
   cfg = dataclasses.replace(cfg, sources=[dataclasses.replace(s, weight=None) for s in cfg.sources])
   sizes = np.array([s.count("train", "tokens") for s in prepared.sources], float)
   for temperature in (1.0, 2.0, 1e9):
-    shares = Rows(prepared, dataclasses.replace(cfg, temperature=temperature), seq_len=T, batch_size=B
-                  ).mixture.stages[0].shares
+    shares = (
+      Rows(prepared, dataclasses.replace(cfg, temperature=temperature), seq_len=T, batch_size=B)
+      .mixture.stages[0]
+      .shares
+    )
     np.testing.assert_allclose(shares, sizes**(1 / temperature) / (sizes**(1 / temperature)).sum())
 
 
@@ -141,15 +169,21 @@ def test_weights_change_at_a_step(data):
 
 def test_max_epochs_is_refused_before_the_run(data, rows):
   prepared, cfg = data
-  limited = dataclasses.replace(cfg, sources=[cfg.sources[0], dataclasses.replace(cfg.sources[1], max_epochs=2.0)])
+  limited = dataclasses.replace(
+    cfg, sources=[cfg.sources[0], dataclasses.replace(cfg.sources[1], max_epochs=2.0)]
+  )
   n_rows = rows.sources[1].n_rows
-  with pytest.raises(ValueError, match=f"files: max_epochs=2.0 of its {n_rows} rows .* nearest valid steps: ") as error:
+  with pytest.raises(
+    ValueError, match=f"files: max_epochs=2.0 of its {n_rows} rows .* nearest valid steps: "
+  ) as error:
     Rows(prepared, limited, seq_len=T, batch_size=B, seed=1, steps=10_000)
   nearest = int(str(error.value).rpartition(" ")[2])
   Rows(prepared, limited, seq_len=T, batch_size=B, seed=1, steps=nearest)
   with pytest.raises(ValueError, match="max_epochs"):
     Rows(prepared, limited, seq_len=T, batch_size=B, seed=1, steps=nearest + 1)
-  assert rows.mixture.counts(nearest * B)[1] <= 2 * n_rows < rows.mixture.counts((nearest + 1) * B)[1]
+  assert (
+    rows.mixture.counts(nearest * B)[1] <= 2 * n_rows < rows.mixture.counts((nearest + 1) * B)[1]
+  )
 
 
 def test_validation_counts_the_bytes_of_the_text(data):
@@ -168,11 +202,18 @@ def test_validation_is_the_same_for_all_hosts_seeds_and_batch_sizes(data):
   prepared, cfg = data
   one = Rows(prepared, cfg, seq_len=T, batch_size=B, split="val", seed=0)
   two = Rows(prepared, cfg, seq_len=T, batch_size=4, split="val", seed=5)
-  in_order = lambda batches: [row for b in batches for row in b["tokens"][b["weights"].any(1)].tolist()]
+  in_order = lambda batches: [
+    row for b in batches for row in b["tokens"][b["weights"].any(1)].tolist()
+  ]
   for limit in (None, 1, 13):
     whole = list(val_batches(one, slots=range(B), limit=limit))
-    halves = zip(val_batches(one, slots=range(4), limit=limit), val_batches(one, slots=range(4, B), limit=limit))
-    assert_same([{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in halves], whole)
+    halves = zip(
+      val_batches(one, slots=range(4), limit=limit),
+      val_batches(one, slots=range(4, B), limit=limit),
+    )
+    assert_same(
+      [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in halves], whole
+    )
     assert in_order(whole) == in_order(val_batches(two, slots=range(4), limit=limit))
     assert len(in_order(whole)) == (limit or len(one))
 

@@ -33,7 +33,10 @@ def tfds_builder():
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-      features = tfds.features.FeaturesDict({"body": tfds.features.Text(), "title": tfds.features.Text()})
+      features = tfds.features.FeaturesDict({
+        "body": tfds.features.Text(),
+        "title": tfds.features.Text(),
+      })
       return self.dataset_info_from_configs(features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
@@ -62,8 +65,11 @@ def write(kind, folder, texts):
     write_lines(folder / f"x.{kind}", lines)
     return {"kind": "jsonl", "path": str(folder / f"x.{kind}"), "text_key": "body"}
   if kind == "parquet":
-    pyarrow.parquet.write_table(pyarrow.table({"n": range(len(texts)), "body": texts}), folder / "x.parquet",
-                                row_group_size=15)
+    pyarrow.parquet.write_table(
+      pyarrow.table({"n": range(len(texts)), "body": texts}),
+      folder / "x.parquet",
+      row_group_size=15,
+    )
     return {"kind": "parquet", "path": str(folder / "x.parquet"), "text_key": "body"}
   if kind == "tfds":
     return {"kind": "tfds", "path": write_tfds(folder), "text_key": "body"}
@@ -85,7 +91,9 @@ def test_every_kind_gives_the_texts_in_order(tmp_path, monkeypatch, kind, part_b
   assert [d.text for d in found] == TEXTS
   assert len({d.key for d in found}) == len(TEXTS)
   if kind in ("jsonl", "array_record", "tfds"):
-    assert (len(sources.plan(SourceConfig(**write(kind, tmp_path, TEXTS)))) > 1) == (part_bytes == 500)
+    assert (len(sources.plan(SourceConfig(**write(kind, tmp_path, TEXTS)))) > 1) == (
+      part_bytes == 500
+    )
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
@@ -97,14 +105,33 @@ def test_a_jsonl_key_is_where_the_line_is(tmp_path, suffix):
     assert json.loads(raw[at:].partition(b"\n")[0])["body"] == document.text
 
 
+def test_a_jsonl_file_may_be_cut_anywhere(tmp_path, monkeypatch):
+  """Also where a line begins: it is read by one part, and no part reads half a line."""
+  texts = [str(i) * (i % 5 + 1) for i in range(30)]
+  write_lines(tmp_path / "x.jsonl", [json.dumps({"text": t}).encode() + b"\n" for t in texts])
+  for part_bytes in range(1, 50):
+    monkeypatch.setattr(sources, "PART_BYTES", part_bytes)
+    assert [d.text for d in documents(kind="jsonl", path=f"{tmp_path}/x.jsonl")] == texts
+
+
 def test_what_is_dropped_is_named(tmp_path):
-  lines = [b'{"text": "good"}\n', b"\n", b'{"text": ""}\n', b'{"text": 3}\n', b'{"txt": "x"}\n', b'{"text": null}\n',
-           b"[1]\n", b'{"text": "cut\n', b'{"text": "\xff"}\n', b'{"text": "\\ud800"}\n', b'{"text": "last"}']
+  lines = [
+    b'{"text": "good"}\n',
+    b"\n",
+    b'{"text": ""}\n',
+    b'{"text": 3}\n',
+    b'{"txt": "x"}\n',
+    b'{"text": null}\n',
+    b"[1]\n",
+    b'{"text": "cut\n',
+    b'{"text": "\xff"}\n',
+    b'{"text": "\\ud800"}\n',
+    b'{"text": "last"}',
+  ]
   write_lines(tmp_path / "x.jsonl", lines)
   found = documents(kind="jsonl", path=str(tmp_path / "x.jsonl"))
   assert [d.text or d.reason for d in found] == [
-    "good", "empty", "not_text", "missing_field", "missing_field", "missing_field", "bad_json", "not_utf8", "not_utf8",
-    "last"]
+    "good", "empty", "not_text", *["missing_field"] * 3, "bad_json", "not_utf8", "not_utf8", "last"]
   (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
   (tmp_path / "b.txt").write_bytes(b"")
   assert [d.reason for d in documents(path=f"{tmp_path}/*.txt")] == ["not_utf8", "empty"]
@@ -121,23 +148,30 @@ def test_globs(tmp_path):
 
 
 def test_the_standard_library_is_found_without_installed_packages():
-  keys = [sources._address(path) for path in sources.find_files(SourceConfig(path="{stdlib}/**/*.py"))]
+  keys = [
+    sources._address(path) for path in sources.find_files(SourceConfig(path="{stdlib}/**/*.py"))
+  ]
   assert "{stdlib}/asyncio/base_events.py" in keys and len(keys) > 500
   assert not [key for key in keys if "site-packages" in key or not key.startswith("{stdlib}/")]
 
 
 def test_synthetic_text_is_pinned():
   found = documents(kind="synthetic", documents=25_000)
-  assert found[1].key == "synthetic#1" and found[1].text.startswith('A story of Eve, number 1.\n\nEve wants a ring in the garden. Then Eve goes to the garden.\nEve wants a ')
+  assert found[1].key == "synthetic#1"
+  assert found[1].text.startswith("A story of Eve, number 1.\n\nEve wants a ring in the garden. ")
   assert found[24_999].text == sources.make_text(24_999)
 
 
 def test_wrong_names_are_refused_with_the_right_ones(tmp_path):
   fields = write("parquet", tmp_path, TEXTS) | {"text_key": "txt"}
-  with pytest.raises(ValueError, match=r"'txt' is no column of .*x.parquet, which has \['n', 'body'\]"):
+  with pytest.raises(
+    ValueError, match=r"'txt' is no column of .*x.parquet, which has \['n', 'body'\]"
+  ):
     documents(**fields)
   fields = write("tfds", tmp_path, TEXTS)
-  with pytest.raises(ValueError, match=r"text_key 'text' is not one of the features \['body', 'title'\]"):
+  with pytest.raises(
+    ValueError, match=r"text_key 'text' is not one of the features \['body', 'title'\]"
+  ):
     documents(**fields | {"text_key": "text"})
   with pytest.raises(ValueError, match=r"split 'test' is not one of \['train'\]"):
     documents(**fields | {"split": "test"})

@@ -16,18 +16,37 @@ from data.sources import make_text
 from data.tokenizer import load_tokenizer, train_tokenizer
 
 TEXTS = [make_text(i) for i in range(300)]
-ALL_PLANES = st.text(st.one_of(st.characters(exclude_categories=["Cs"]),  # Surrogates are no text.
-                               st.sampled_from("\u2581 \n\t\r\0\u2028\ufeff\ufffd"), st.integers(1, 16).map(
-                                 lambda plane: chr(plane << 16 | 0x1234))), max_size=60)
-AWKWARD = ["", " ", "  a  \n\n\tb ", "\u2581", "\u2581 \u2581a", "a\0b", "<s></s><unk><0x41>", "\r\n\x85\u2028",
-           "\ufeffx", "e\u0301 \u00e9", "x" * 5000, "\U0010ffff\U0001f600"]
+ALL_PLANES = st.text(
+  st.one_of(
+    st.characters(exclude_categories=["Cs"]),  # Surrogates are no text.
+    st.sampled_from("\u2581 \n\t\r\0\u2028\ufeff\ufffd"),
+    st.integers(1, 16).map(lambda plane: chr(plane << 16 | 0x1234)),
+  ),
+  max_size=60,
+)
+AWKWARD = [
+  "",
+  " ",
+  "  a  \n\n\tb ",
+  "\u2581",
+  "\u2581 \u2581a",
+  "a\0b",
+  "<s></s><unk><0x41>",
+  "\r\n\x85\u2028",
+  "\ufeffx",
+  "e\u0301 \u00e9",
+  "x" * 5000,
+  "\U0010ffff\U0001f600",
+]
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram", "byte_level", "byte_fallback"])
 def tokenizer(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp(request.param)
   if request.param in ("bpe", "unigram"):
-    return train_tokenizer(TEXTS, TokenizerConfig(model=request.param, vocab_size=360), folder / "t.model")
+    return train_tokenizer(
+      TEXTS, TokenizerConfig(model=request.param, vocab_size=360), folder / "t.model"
+    )
   path = folder / "tokenizer.json"
   (_byte_level if request.param == "byte_level" else _byte_fallback)().save(str(path))
   return load_tokenizer(path)
@@ -38,8 +57,15 @@ def _byte_level():
   model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   model.decoder = tokenizers.decoders.ByteLevel()
   alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-  model.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
-    vocab_size=512, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False))
+  model.train_from_iterator(
+    TEXTS,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=512,
+      initial_alphabet=alphabet,
+      special_tokens=["<|endoftext|>"],
+      show_progress=False,
+    ),
+  )
   return model
 
 
@@ -48,8 +74,11 @@ def _byte_fallback():
   model = tokenizers.Tokenizer(tokenizers.models.BPE(
     {p: i for i, p in enumerate(pieces)}, [("a", "b")], unk_token="<unk>", byte_fallback=True))
   model.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
-  model.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("\u2581", " "),
-                                                tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+  model.decoder = tokenizers.decoders.Sequence([
+    tokenizers.decoders.Replace("\u2581", " "),
+    tokenizers.decoders.ByteFallback(),
+    tokenizers.decoders.Fuse(),
+  ])
   model.add_special_tokens(["<unk>", "<s>", "</s>"])
   return model
 
@@ -67,7 +96,8 @@ def check_round_trip(tokenizer, text):
 @hypothesis.settings(max_examples=150, deadline=None)
 def test_round_trip_on_all_unicode_planes(tokenizer, text):
   if "\u2581" in text and tokenizer.token_bytes[-1] == b"ab":
-    text = text.replace("\u2581", "")  # Llama-style tokenizer.json files cannot tell U+2581 from a space.
+    # Llama-style tokenizer.json files cannot tell U+2581 from a space.
+    text = text.replace("\u2581", "")
   check_round_trip(tokenizer, text)
 
 
@@ -122,7 +152,9 @@ def test_tokenizer_config_names_the_special_tokens(tmp_path):
 def test_training_is_deterministic(tmp_path, kind):
   cfg = TokenizerConfig(model=kind, vocab_size=360, train_bytes=40_000)
   total = sum(len(text.encode()) for text in TEXTS)
-  hashes = {train_tokenizer(iter(TEXTS), cfg, tmp_path / f"{i}.model", total).sha256 for i in range(2)}
+  hashes = {
+    train_tokenizer(iter(TEXTS), cfg, tmp_path / f"{i}.model", total).sha256 for i in range(2)
+  }
   assert hashes == {hashlib.sha256((tmp_path / "0.model").read_bytes()).hexdigest()}
 
 
@@ -130,7 +162,10 @@ def test_training_reads_evenly_up_to_its_budget(tmp_path):
   from data.tokenizer import _blocks
   texts = ["".join(f"{name} {i}\n" for i in range(5000)) for name in "abcdefgh"]
   taken = list(_blocks(texts, 0.25))
-  shares = [sum(len(block) for block in taken if block[0] == name) / len(text) for name, text in zip("abcdefgh", texts)]
+  shares = [
+    sum(len(block) for block in taken if block[0] == name) / len(text)
+    for name, text in zip("abcdefgh", texts)
+  ]
   assert 0.24 < sum(map(len, taken)) / sum(map(len, texts)) < 0.26
   assert min(shares) > 0.15 and max(shares) < 0.35
   assert "".join(_blocks(texts, 1.0)) == "".join(texts)
@@ -144,7 +179,9 @@ def test_layout_is_learned(tmp_path):
   assert any(b.endswith(b":\n") for b in tokenizer.token_bytes)
 
 
-@pytest.mark.parametrize("size, nearest", [(100_000, "nearest valid: 683"), (20, "nearest valid: 31.")])
+@pytest.mark.parametrize(
+  "size, nearest", [(100_000, "nearest valid: 683"), (20, "nearest valid: 31.")]
+)
 def test_a_vocabulary_that_does_not_suit_the_text_is_refused(tmp_path, size, nearest):
   with pytest.raises(ValueError, match=f"vocab_size={size} .*{nearest}"):
     train_tokenizer(TEXTS, TokenizerConfig(vocab_size=size), tmp_path / "t.model")

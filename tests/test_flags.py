@@ -149,8 +149,8 @@ def test_distance_is_that_of_an_independent_definition():
       best = min(best, slow(a[2:], b[2:]) + 1)
     return best
   rng = random.Random(0)
-  for _ in range(100):
-    a, b = ("".join(rng.choices("abc", k=rng.randrange(6))) for _ in range(2))
+  for _ in range(400):
+    a, b = ("".join(rng.choices("abc", k=rng.randrange(5))) for _ in range(2))
     assert flags.distance(a, b) == slow(a, b), (a, b)
     assert (flags.distance(a, b, limit=2) <= 2) == (slow(a, b) <= 2), (a, b)
 
@@ -178,6 +178,7 @@ def test_values_reach_fields_of_every_type(config_file):
   ("n=True", ["n=True", "expected int"]),
   ("n=None", ["n=None", "expected int"]),
   ("rate=fast", ["rate=fast", "expected float"]),
+  ("rate=True", ["rate=True", "expected float"]),
   ("on=1", ["on=1", "expected bool"]),
   ("pair=(1,)", ["pair=(1,)", "expected tuple[int, float]"]),
   ("pair=(1, 'a')", ["pair=(1, 'a')", "expected tuple[int, float]"]),

@@ -47,11 +47,11 @@ class GQAttention(nnx.Module):
     self.wv = weight(cfg, (D, K, H), ("embed", "kv_heads", None), rngs, fan_in=D)
     self.wo = weight(cfg, (N, H, D), ("heads", None, "embed"), rngs, fan_in=N * H, residual=True)
     if cfg.qkv_bias:
-      self.bq = bias(cfg, (N, H), ("heads", None))
-      self.bk = bias(cfg, (K, H), ("kv_heads", None))
-      self.bv = bias(cfg, (K, H), ("kv_heads", None))
+      self.q_bias = bias(cfg, (N, H), ("heads", None))
+      self.k_bias = bias(cfg, (K, H), ("kv_heads", None))
+      self.v_bias = bias(cfg, (K, H), ("kv_heads", None))
     if cfg.out_bias:
-      self.bo = bias(cfg, (D,), ("embed",))
+      self.o_bias = bias(cfg, (D,), ("embed",))
     if cfg.qk_norm is not None:
       self.q_norm, self.k_norm = NORM[cfg.qk_norm](cfg, H), NORM[cfg.qk_norm](cfg, H)
 
@@ -61,7 +61,7 @@ class GQAttention(nnx.Module):
     q_BTNH, k_BTKH, v_BTKH = (jnp.einsum("BTD,DNH->BTNH", x_BTD, read(cfg, w)) for w in (self.wq, self.wk, self.wv))
     if cfg.qkv_bias:
       q_BTNH, k_BTKH, v_BTKH = (x + lift(read(cfg, b), 4) for x, b in
-                                ((q_BTNH, self.bq), (k_BTKH, self.bk), (v_BTKH, self.bv)))
+                                ((q_BTNH, self.q_bias), (k_BTKH, self.k_bias), (v_BTKH, self.v_bias)))
     if cfg.qk_norm is not None:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
     return rope(q_BTNH, pos_BT, cfg.rope_theta), rope(k_BTKH, pos_BT, cfg.rope_theta), v_BTKH
@@ -70,7 +70,7 @@ class GQAttention(nnx.Module):
     # Contracts a sharded dim: explicit mode makes us say where the sum lives (all-reduce over "tensor").
     out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, read(self.cfg, self.wo),
                          out_sharding=self.cfg.rules("batch", None, None))
-    out_BTD = out_BTD + lift(read(self.cfg, self.bo), 3) if self.cfg.out_bias else out_BTD
+    out_BTD = out_BTD + lift(read(self.cfg, self.o_bias), 3) if self.cfg.out_bias else out_BTD
     return checkpoint_name(out_BTD, "attention_out")
 
   def __call__(self, x_BTD, pos_BT, segment_BT, cache=None):

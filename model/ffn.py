@@ -20,19 +20,19 @@ class FeedForward(nnx.Module):
     self.w_up = weight(cfg, (D, F), ("embed", "mlp"), rngs, fan_in=D)
     self.w_down = weight(cfg, (F, D), ("mlp", "embed"), rngs, fan_in=F, residual=True)
     if cfg.ffn_bias:
-      self.b_up, self.b_down = bias(cfg, (F,), ("mlp",)), bias(cfg, (D,), ("embed",))
+      self.up_bias, self.down_bias = bias(cfg, (F,), ("mlp",)), bias(cfg, (D,), ("embed",))
 
   def __call__(self, x_BTD):
     cfg = self.cfg
     h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, read(cfg, self.w_up))
     if cfg.ffn_bias:
-      h_BTF = h_BTF + lift(read(cfg, self.b_up), 3)
+      h_BTF = h_BTF + lift(read(cfg, self.up_bias), 3)
     if self.gated:
       h_BTF = self.activation(jnp.einsum("BTD,DF->BTF", x_BTD, read(cfg, self.w_gate))) * h_BTF
     else:
       h_BTF = self.activation(h_BTF)
     y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, read(cfg, self.w_down), out_sharding=cfg.rules("batch", None, None))
-    y_BTD = y_BTD + lift(read(cfg, self.b_down), 3) if cfg.ffn_bias else y_BTD
+    y_BTD = y_BTD + lift(read(cfg, self.down_bias), 3) if cfg.ffn_bias else y_BTD
     return checkpoint_name(y_BTD, "ffn_out"), {}
 
 

@@ -41,7 +41,7 @@ def _muon(o):
 def _matrix(path, param) -> contrib.MuonDimensionNumbers | None:
   """Rows and columns of a parameter of a block; dim 0 is the stack of layers, and heads belong to their side."""
   name, ndim = path_name(path), len(param.shape)
-  if not name.startswith("blocks/") or ndim < 3 or "/b" in name.removeprefix("blocks/"):
+  if not name.startswith("blocks/") or ndim < 3 or name.endswith("bias"):
     return None
   rows = ndim - 2 if name.endswith("/wo") else 1  # wo is [L, N, H, D]; the others lead with what they sum over.
   return contrib.MuonDimensionNumbers(tuple(range(1, 1 + rows)), tuple(range(1 + rows, ndim)))

@@ -137,7 +137,11 @@ def prepare(cfg: DataConfig, log=print, verify: bool = False) -> Prepared:
     _prepare_source(cfg, source, parts[source.name], tokenizer_path, tokenizer, log, verify)
     for source in cfg.sources
   ]
-  return Prepared(tokenizer_path=str(tokenizer_path), tokenizer=tokenizer, sources=prepared)
+  prepared = Prepared(tokenizer_path=str(tokenizer_path), tokenizer=tokenizer, sources=prepared)
+  if cfg.val_fraction and not prepared.count("val", "documents"):
+    log(f"no document fell into the validation split: data.val_fraction={cfg.val_fraction} of "
+        f"{prepared.count('train', 'documents')}")
+  return prepared
 
 
 def _hash(value) -> str:
@@ -210,7 +214,8 @@ def _group(parts: list) -> list[list]:
   units, size = [[]], 0
   for part in parts:
     if size >= unit_bytes:
-      units, size = [*units, []], 0
+      units.append([])
+      size = 0
     units[-1].append(part)
     size += part.n_bytes
   return units
@@ -232,9 +237,6 @@ def _prepare_source(cfg, source, parts, tokenizer_path, tokenizer, log, verify) 
       units = _tokenise(folder, spec, source.name, cfg.workers, tokenizer, log)
       manifest = _summary(units, source.name, wanted)
       write_json(folder / "manifest.json", manifest)
-      verify = False
-    else:
-      verify = verify or None
     manifest = _checked(folder, wanted, verify)
   return PreparedSource(name=source.name, folder=folder, manifest=manifest)
 
@@ -278,22 +280,16 @@ def _worker(folder) -> subprocess.Popen:
   root = pathlib.Path(__file__).parents[1]
   env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
          "TOKENIZERS_PARALLELISM": "false"}
-  return subprocess.Popen(
-    [sys.executable, "-m", "data.tokenise", str(folder)],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-    env=env,
-  )
+  command = [sys.executable, "-m", "data.tokenise", str(folder)]
+  return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)
 
 
 def _ask(idle, folder, number):
   worker = idle.get()
   try:
     with contextlib.suppress(BrokenPipeError):  # A dead worker answers nothing, below.
-      worker.stdin.write(f"{number}\n")
-      worker.stdin.flush()
-    if worker.stdout.readline().strip() != str(number):
+      worker.stdin.write(b"%d\n" % number)
+    if worker.stdout.readline() != b"%d\n" % number:
       raise RuntimeError(f"{folder}: unit {number} failed in its worker process (exit code "
                          f"{worker.wait()}); its error is above")
   finally:
@@ -330,11 +326,7 @@ def _summary(units: list[dict], name: str, wanted: dict) -> dict:
 
 
 def _checked(folder, wanted, verify) -> dict:
-  """The manifest of a folder, held against what is wanted and what is there.
-
-  Args:
-    verify: hash the files: yes, no, or None: if they are not too many.
-  """
+  """The manifest of a folder, held against what is wanted and what is there."""
   path = folder / "manifest.json"
   again = f"; delete {folder} to make it again"
   try:
@@ -354,9 +346,7 @@ def _checked(folder, wanted, verify) -> dict:
     found = path.stat().st_size if path.exists() else "no file"
     if found != file["size"]:
       raise ValueError(f"{path}: expected {file['size']} bytes, found {found}{again}")
-  if verify is None:
-    verify = sum(file["size"] for file in files) <= VERIFY_BYTES
-  if verify:
+  if verify or sum(file["size"] for file in files) <= VERIFY_BYTES:
     paths = [folder / file["name"] for file in files]
     with concurrent.futures.ThreadPoolExecutor() as pool:
       for path, file, found in zip(paths, files, pool.map(file_hash, paths)):

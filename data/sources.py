@@ -180,8 +180,8 @@ def _plan_parquet(cfg):
   for path in find_files(cfg):
     file = pyarrow.parquet.ParquetFile(path)
     if cfg.text_key not in file.schema_arrow.names:
-      raise ValueError(f"data.sources: {cfg.name}: text_key {cfg.text_key!r} is no column of {path}, "
-                       f"which has {file.schema_arrow.names}")
+      raise ValueError(f"data.sources: {cfg.name}: text_key {cfg.text_key!r} is no column of "
+                       f"{path}, which has {file.schema_arrow.names}")
     sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     parts += [_part(path, i, i + 1, size) for i, size in enumerate(sizes)]
   return parts

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 from data.flags import from_json, nearest
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -10,7 +11,7 @@ from model.hub.orbax import find_checkpoints, find_steps, restore_params
 from model.transformer import abstract_params, check_names
 
 WEIGHTS = ("params", "ema")
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # In the run's folder, before where the config says.
+TOKENIZERS = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}  # In the run's folder.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,10 +75,19 @@ def load_params(run: Run, cfg: ModelConfig, mesh, *, weights: str | None = None,
   return params, meta["step"], weights, rejected
 
 
+def keep_tokenizer(tokenizer_path, kind: str, run_path) -> None:
+  """Copies a tokenizer into a run's folder, where `open_run` looks: the cache may go, the run still talks."""
+  source, target = pathlib.Path(tokenizer_path), pathlib.Path(run_path) / TOKENIZERS[kind]
+  shutil.copyfile(source, target)
+  beside = source.with_name("tokenizer_config.json")  # Names the special tokens of a tokenizer.json.
+  if kind == "huggingface" and beside.is_file():
+    shutil.copyfile(beside, target.with_name(beside.name))
+
+
 def _find_tokenizer(path, config):
-  for name in TOKENIZERS:
-    if (path / name).is_file():
-      return load_tokenizer(path / name)
+  kept = path / TOKENIZERS[config["kind"]]
+  if kept.is_file():
+    return load_tokenizer(kept, config["kind"])
   if config["path"] is None:
-    raise ValueError(f"--run={path} has no tokenizer: none of {', '.join(TOKENIZERS)} is in its folder")
+    raise ValueError(f"--run={path} has no tokenizer: {kept} does not exist")
   return load_tokenizer(config["path"], config["kind"])

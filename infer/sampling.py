@@ -20,7 +20,7 @@ class Sampling:
   top_p: float | None = None  # Only the smallest set of likeliest tokens whose mass is at least p.
   min_p: float | None = None  # Only tokens at least this share as likely as the likeliest.
   repetition_penalty: float | None = None  # Of tokens in the prompt or the text so far; above 1 discourages.
-  stop: tuple[str, ...] = ()  # The text ends before the first of these.
+  stop: tuple[str, ...] = ()  # The text ends before the one that is complete first.
   seed: int = 0
 
   def validate(self) -> "Sampling":

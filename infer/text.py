@@ -78,7 +78,7 @@ def iter_completions(generator: Generator, tokenizer: Tokenizer, prompts: list[s
 
 
 class Reader:
-  """The text of one request, token by token, up to the first stop string.
+  """The text of one request, token by token, up to the stop string that is complete first.
 
   Attributes:
     stopped: a stop string was found; nothing may be pushed any more.
@@ -94,10 +94,10 @@ class Reader:
   def push(self, token: int) -> str:
     """The text that is certain now and was not before."""
     text = self._held + self._stream.push(token)
-    found = [at for s in self._stop if (at := text.find(s)) >= 0]
+    found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
     if found:
       self.stopped, self._held = True, ""
-      return text[:min(found)]
+      return text[:min(found)[1]]
     n_held = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
     self._held = text[len(text) - n_held:]
     return text[:len(text) - n_held]

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
 from infer.decode import Generator, Stats, cast_params, decode_config
-from infer.sampling import Sampling
+from infer.sampling import Sampling, sample, stack_settings
 from model.attention import ATTENTION
 from model.cache import init_cache
 from model.config import ModelConfig
 from model.kernels.attention import KERNEL
-from model.sharding import MESH_AXES, make_mesh, place
+from model.sharding import make_mesh, place
 from model.transformer import init_params
+from tests.tiny import experiment_classes, mesh_of, tiny, variants
+from tests.tiny import put as put_batch
 
 T = 144  # More than a block of keys of the chunked kernel, and many windows.
 CHUNK = 8
@@ -42,8 +43,7 @@ def make_config(**kwargs):
 
 
 def one_device():
-  return jax.make_mesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES),
-                       devices=jax.devices()[:1])
+  return mesh_of("one")
 
 
 @functools.cache
@@ -111,9 +111,9 @@ def forced_logits(cfg, graphdef, params, tokens_BT, plan, lengths=LENGTHS):
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("impl", KERNEL)
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", [*ATTENTION, *experiment_classes("Attention")])
 def test_decode_equals_the_forward_pass(attention, impl, cache):
-  """However the calls cut a row, at every position, past windows and blocks; and rows do not see each other."""
+  """However calls cut a row, at every position, past windows and blocks; and rows do not see each other."""
   cfg = make_config(attention=attention, attention_impl=impl, **CACHES[cache])
   graphdef, params = make_params(cfg)
   rng = np.random.default_rng(1)
@@ -124,13 +124,29 @@ def test_decode_equals_the_forward_pass(attention, impl, cache):
     for name, plan in PLANS.items():
       got_BTV = forced_logits(cfg, graphdef, params, tokens_BT, plan)[..., :300]
       for row, length in enumerate(LENGTHS):
-        np.testing.assert_allclose(got_BTV[row, :length], wanted_BTV[row, :length], atol=1e-5, rtol=0,
-                                   err_msg=name)
+        np.testing.assert_allclose(got_BTV[row, :length], wanted_BTV[row, :length], atol=1e-5, err_msg=name)
     # Other rows and all padding changed: not one bit of row 1 moves.
     other_BT = rng.integers(0, 300, tokens_BT.shape).astype(np.int32)
     other_BT[1, :LENGTHS[1]] = tokens_BT[1, :LENGTHS[1]]
     moved_BTV = forced_logits(cfg, graphdef, params, other_BT, plan, lengths=(50, LENGTHS[1], T))[..., :300]
     np.testing.assert_array_equal(moved_BTV[1, :LENGTHS[1]], got_BTV[1, :LENGTHS[1]])
+
+
+@pytest.mark.parametrize("name", [n for n in variants() if not n.startswith(("attention", "window"))])
+def test_every_variant_decodes_as_it_reads(name):
+  """Prefill in chunks against the forward pass, for what else the tables and experiments/ offer."""
+  cfg, mesh, graphdef, params, logits = tiny(name)
+  B, S = 8, 48
+  tokens_BS = np.random.default_rng(2).integers(0, 300, (B, S)).astype(np.int32)
+  pos_BS = np.arange(S, dtype=np.int32)[None].repeat(B, 0)
+  batch = {"tokens": tokens_BS, "positions": pos_BS, "segments": np.ones_like(pos_BS)}
+  wanted_BSV = logits(params, batch)
+  with jax.set_mesh(mesh):
+    caches = init_cache(cfg, B, S)
+    for start in range(0, S, 12):
+      part = put_batch(cfg, mesh, {key: a[:, start:start + 12] for key, a in batch.items()})
+      got_BTV, caches = extend_logits(graphdef, params, *part.values(), caches)
+      np.testing.assert_allclose(got_BTV[..., :300], wanted_BSV[:, start:start + 12], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("cache, slots", [("dense", 2 * 64), ("ring", 2 * 5), ("mixed", 12 + 64)])
@@ -145,20 +161,26 @@ def test_caches_hold_what_they_must_and_no_more(cache, slots):
 # The generator.
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_generated_tokens_are_the_forward_passs(cache):
-  """Greedy tokens and their log-probabilities, from the sequence read as one row without a cache."""
+def test_generated_tokens_are_drawn_from_the_forward_pass(cache):
+  """Each token again, from the logits of the sequence read as one row without a cache."""
   cfg = make_config(**CACHES[cache])
   prompts = random_prompts([100, 1, 30])
-  made = collect(make_generator(cfg), prompts, GREEDY)
-  rows_BT = np.zeros((len(prompts), T), np.int32)
-  for row, (prompt, (ids, _, _)) in enumerate(zip(prompts, made)):
-    rows_BT[row, :len(prompt) + len(ids)] = prompt + ids
+  settings = [GREEDY, Sampling(top_p=0.9, repetition_penalty=1.5, seed=7, max_tokens=20),
+              dataclasses.replace(GREEDY, repetition_penalty=2.0)]
+  made = collect(make_generator(cfg), prompts, settings)
+  rows = [prompt + ids for prompt, (ids, _, _) in zip(prompts, made)]
+  rows_BT = np.array([row + [0] * (T - len(row)) for row in rows], np.int32)
   with jax.set_mesh(one_device()):
-    logprobs_BTV = np.asarray(jax.nn.log_softmax(forward_logits(*make_params(cfg), rows_BT)))
-  for row, (prompt, (ids, logprobs, finish)) in enumerate(zip(prompts, made)):
-    before = slice(len(prompt) - 1, len(prompt) - 1 + len(ids))
-    np.testing.assert_array_equal(ids, logprobs_BTV[row, before].argmax(-1))
-    np.testing.assert_allclose(logprobs, logprobs_BTV[row, before].max(-1), atol=1e-5)
+    logits_BTV = forward_logits(*make_params(cfg), rows_BT)
+  for i, (ids, logprobs, finish) in enumerate(made):
+    logits_TV, row, prompt, setting = logits_BTV[i], rows[i], prompts[i], settings[i]
+    pos_T = np.arange(len(prompt), len(row), dtype=np.int32)
+    seen_TV = np.zeros((len(ids), logits_TV.shape[-1]), bool)
+    for seen_V, pos in zip(seen_TV, pos_T):
+      seen_V[row[:pos]] = True
+    token_T, logprob_T = jax.jit(sample)(logits_TV[pos_T - 1], seen_TV, pos_T, stack_settings([setting] * 20))
+    np.testing.assert_array_equal(ids, token_T)
+    np.testing.assert_allclose(logprobs, logprob_T, atol=1e-5)
     assert finish == [None] * 19 + ["length"]
 
 
@@ -185,7 +207,7 @@ def test_a_batch_gives_what_each_request_gives_alone():
 
 def test_another_row_changes_nothing_exactly():
   cfg = make_config(**CACHES["mixed"])
-  generator, settings = make_generator(cfg), [Sampling(seed=1, max_tokens=20), Sampling(seed=2, max_tokens=20)]
+  generator, settings = make_generator(cfg), [Sampling(seed=i, max_tokens=20) for i in range(2)]
   mine, one, other = random_prompts([30, 25, 7])
   first = collect(generator, [mine, one], settings)
   settings[1] = dataclasses.replace(GREEDY, max_tokens=3)
@@ -196,26 +218,20 @@ def test_another_row_changes_nothing_exactly():
 @pytest.mark.parametrize("sizes, kv_heads", [({"data": 2, "fsdp": 2, "tensor": 2}, 2),
                                              ({"fsdp": 2, "tensor": 4}, 1)])
 def test_sharded_decode_equals_one_device(sizes, kv_heads):
-  cfg = make_config(n_kv_heads=kv_heads, **CACHES["mixed"])
+  """The parameters come as training holds them: split over "fsdp" too."""
+  cfg, mesh = make_config(n_kv_heads=kv_heads, **CACHES["mixed"]), make_mesh(**sizes)
+  rules = decode_config(cfg, mesh).rules  # Those of training cannot split a single kv head.
+  with jax.set_mesh(mesh):
+    _, params = init_params(dataclasses.replace(cfg, rules=dataclasses.replace(rules, embed=("fsdp",))), mesh,
+                            jax.random.key(0))
   prompts = random_prompts([40, 3, 17, 1, 60])
   settings = [dataclasses.replace(GREEDY, max_tokens=9)]
   settings += [Sampling(top_k=50, seed=i, max_tokens=18) for i in range(4)]
   wanted = collect(make_generator(cfg), prompts, settings)
-  got = collect(make_generator(cfg, make_mesh(**sizes)), prompts, settings)
+  got = collect(Generator(cfg, params, mesh, prefill_chunk=32), prompts, settings)
   for (ids, logprobs, finish), (ids_, logprobs_, finish_) in zip(wanted, got):
     assert ids == ids_ and finish == finish_
     np.testing.assert_allclose(logprobs, logprobs_, atol=1e-5)
-
-
-def test_parameters_of_any_sharding_are_taken():
-  """As training holds them, split over "fsdp"."""
-  cfg, mesh = make_config(), make_mesh(fsdp=4, tensor=2)
-  with jax.set_mesh(mesh):
-    _, params = init_params(cfg, mesh, jax.random.key(0))
-  prompts = random_prompts([5, 9])
-  got = collect(Generator(cfg, params, mesh), prompts, GREEDY)
-  wanted = collect(Generator(cfg, jax.device_get(params), one_device()), prompts, GREEDY)
-  assert [ids for ids, _, _ in got] == [ids for ids, _, _ in wanted]
 
 
 def test_each_program_compiles_once():
@@ -224,8 +240,8 @@ def test_each_program_compiles_once():
   listen = lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
   generator = make_generator(make_config(**CACHES["mixed"]), stop_ids=(2,))
   collect(generator, random_prompts([40, 20, 3]), GREEDY)
-  assert sorted(generator.programs) == [("decode", (4, 64)), ("prefill", (4, 64, 16)), ("prefill", (4, 64, 32)),
-                                        ("start", (4, 64))]
+  assert sorted(generator.programs) == [
+      ("decode", (4, 64)), ("prefill", (4, 64, 16)), ("prefill", (4, 64, 32)), ("start", (4, 64))]
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     settings = Sampling(top_p=0.5, repetition_penalty=1.1, max_tokens=9)
@@ -283,12 +299,14 @@ def test_casting_weights_once_changes_no_bit(attention, ffn):
   cfg = make_config(precision="bf16", attention=attention, ffn=ffn, norm="layernorm", qk_norm="rmsnorm",
                     qkv_bias=True, ffn_bias=True, out_bias=True)
   graphdef, params = make_params(cfg)
-  params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), params)
-  tokens_BT = np.random.default_rng(0).integers(0, 300, (len(LENGTHS), T)).astype(np.int32)
+  rng = np.random.default_rng(0)
+  noisy = lambda a: (a + 0.1 * rng.normal(size=a.shape)).astype(np.float32)
+  params = jax.tree.map(noisy, jax.device_get(params))
+  tokens_BT = rng.integers(0, 300, (len(LENGTHS), T)).astype(np.int32)
   with jax.set_mesh(one_device()):
     cast = cast_params(cfg, params)
     assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"]["scale"].dtype == jnp.float32
-    both = [forced_logits(cfg, graphdef, p, tokens_BT, [T]) for p in (params, cast)]
+    both = [forced_logits(cfg, graphdef, p, tokens_BT, [CHUNK, CHUNK]) for p in (params, cast)]
   np.testing.assert_array_equal(*both)
 
 
@@ -303,5 +321,5 @@ def test_mistakes_are_named_before_anything_runs(prompts, settings, words):
 
 
 def test_kv_heads_that_cannot_be_split_are_refused():
-  with pytest.raises(ValueError, match="n_kv_heads=2 is not a multiple of mesh.tensor=4; nearest valid .*: 2"):
+  with pytest.raises(ValueError, match="n_kv_heads=2 is not a multiple of mesh.tensor=4; nearest .*: 2"):
     decode_config(make_config(), make_mesh(fsdp=2, tensor=4))

@@ -1,0 +1,228 @@
+"""Text in, text out: streaming, stop strings, and the command line on a small run."""
+import json
+import re
+import shutil
+
+import jax
+import pytest
+
+from configs.tiny import get_config
+from data.config import TokenizerConfig
+from data.flags import as_json, write_config_json
+from data.tokenizer import Tokenizer, train_tokenizer
+from infer.decode import Generator
+from infer.generate import main
+from infer.load import keep_tokenizer, load_params, open_run
+from infer.sampling import Sampling
+from infer.text import Reader, complete, encode_prompt, stream
+from model.transformer import init_params
+from tests.tiny import mesh_of
+from train.checkpoint import Checkpointer
+
+TEXT = "naïve café, 東京 and 🦜🦜 talk: print('hello, wörld')\n" * 3
+CORPUS = [TEXT + "def f(x):\n  return x + 1\n" + "The quick brown fox jumps over the lazy dog.\n" * 5] * 20
+
+
+def bytes_tokenizer(pieces=()):
+  """An id a byte, then the pieces, then the end."""
+  table = [bytes([b]) for b in range(256)] + [p.encode() for p in pieces] + [b""]
+  return Tokenizer(encode_batch=lambda texts: [list(t.encode()) for t in texts], token_bytes=table, sha256="",
+                   bos_id=len(table) - 1, eos_id=len(table) - 1, pad_id=len(table) - 1)
+
+
+def read_all(tokenizer, ids, stop=(), prompt=()):
+  """(pieces, how many tokens were read)."""
+  reader, pieces = Reader(tokenizer, list(prompt), stop), []
+  for n, token in enumerate(ids, 1):
+    pieces.append(reader.push(token))
+    if reader.stopped:
+      return pieces, n
+  return [*pieces, reader.finish()], len(ids)
+
+
+# Characters and stop strings.
+
+def test_no_piece_holds_half_a_character():
+  pieces, _ = read_all(bytes_tokenizer(), TEXT.encode())
+  assert "".join(pieces) == TEXT
+  assert not any("\ufffd" in p for p in pieces)
+  cut = TEXT.encode()[:TEXT.encode().index("🦜".encode()) + 2]  # The text ends within a character.
+  assert "".join(read_all(bytes_tokenizer(), cut)[0]) == TEXT[:TEXT.index("🦜")]
+
+
+def test_a_prompt_that_ends_within_a_character_is_continued():
+  raw = "🦜!".encode()
+  assert "".join(read_all(bytes_tokenizer(), raw[2:], prompt=raw[:2])[0]) == "🦜!"
+
+
+@pytest.mark.parametrize("stop, text", [
+  (("END",), "one two E EN "),
+  (("EN END", "zzz"), "one two E "),
+  (("two E EN END", "E EN"), "one two "),  # The one complete first, whatever the tokens.
+  (("E EN", "two E EN"), "one "),  # Both at once: nothing of either.
+  (("never", "EEND"), "one two E EN END three"),
+  ((" three",), "one two E EN END"),
+  (("three!",), "one two E EN END three"),  # Held back to the very end.
+  (("o",), "")])
+def test_stop_strings_over_token_boundaries(stop, text):
+  """However the text is cut into tokens, it ends before the stop string and not a token later than needed."""
+  full = "one two E EN END three"
+  for pieces in ([], ["one", " two E", " EN EN", "D three"], ["D thr"], ["EN END three"]):
+    tokenizer, ids, rest = bytes_tokenizer(pieces), [], full
+    while rest:
+      piece = next((i for i, p in enumerate(pieces) if rest.startswith(p)), None)
+      ids.append(ord(rest[0]) if piece is None else 256 + piece)
+      rest = rest[len(tokenizer.token_bytes[ids[-1]]):]
+    shown, n_read = read_all(tokenizer, ids, stop)
+    assert "".join(shown) == text
+    if text != full:
+      ends = min(full.index(s) + len(s) for s in stop if s in full)
+      read = len(b"".join(tokenizer.token_bytes[i] for i in ids[:n_read]))
+      assert ends <= read < ends + len(tokenizer.token_bytes[ids[n_read - 1]])
+
+
+# A run on disk. Its model is not trained, so that it says anything, bytes of broken characters included.
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory):
+  path = tmp_path_factory.mktemp("runs") / "small"
+  path.mkdir()
+  cfg = get_config()
+  cfg.optim.ema, cfg.data.tokenizer.vocab_size, cfg.model.init = 0.9, 320, "fan_in"
+  cfg.validate(n_devices=8)
+  train_tokenizer(CORPUS, TokenizerConfig(vocab_size=320), path.parent / "elsewhere.model")
+  keep_tokenizer(path.parent / "elsewhere.model", "sentencepiece", path)
+  write_config_json(path / "config.json", cfg, [])
+  mesh = mesh_of("fsdp_tensor")
+  checkpoints = Checkpointer(path / "checkpoints", cfg.checkpoint)
+  with jax.set_mesh(mesh):
+    params, ema, later = (init_params(cfg.model, mesh, jax.random.key(i))[1] for i in range(3))
+  checkpoints.save(20, {"params": params, "ema": ema}, {"config": as_json(cfg)})
+  checkpoints.save(40, {"params": params, "ema": later}, {"config": as_json(cfg)})
+  checkpoints.wait()
+  return path
+
+
+@pytest.fixture(scope="module")
+def spoken(run_path):
+  """(generator, tokenizer) of its newest weights."""
+  run, mesh = open_run(run_path), mesh_of("one")
+  params, step, weights, rejected = load_params(run, run.model, mesh)
+  assert (step, weights, rejected) == (40, "ema", [])
+  return Generator(run.model, params, mesh, stop_ids=(run.tokenizer.eos_id,)), run.tokenizer
+
+
+def test_streamed_pieces_are_the_completion(spoken):
+  generator, tokenizer = spoken
+  prompts, settings = ["", "The quick", "naïve 東"], [Sampling(seed=i, max_tokens=40) for i in range(3)]
+  texts = ["", "", ""]
+  for piece in stream(generator, tokenizer, prompts, settings):
+    texts[piece.request] += piece.text
+  done = complete(generator, tokenizer, prompts, settings)
+  assert texts == [c.text for c in done]
+  for prompt, c in zip(prompts, done):
+    whole = tokenizer.decode(encode_prompt(tokenizer, prompt) + c.tokens)
+    assert whole.removesuffix("\ufffd").startswith(prompt + c.text.removesuffix("\ufffd"))
+    assert len(c.tokens) == len(c.logprobs) and c.finish in ("stop", "length")
+
+
+def test_a_stop_string_ends_one_request_and_not_the_others(spoken):
+  generator, tokenizer = spoken
+  settings = Sampling(seed=5, max_tokens=60, temperature=0.8)
+  free, other = complete(generator, tokenizer, ["The", "def"], settings)
+  stop = free.text[10:13]  # Wherever the tokens cut it.
+  cut, same = complete(generator, tokenizer, ["The", "def"], [
+      Sampling(seed=5, max_tokens=60, temperature=0.8, stop=(stop,)), settings])
+  assert (cut.text, cut.finish) == (free.text[:free.text.index(stop)], "stop")
+  assert len(cut.tokens) < len(free.tokens)
+  assert same == other
+
+
+# The command line.
+
+def run_main(capsys, *argv):
+  try:
+    code = main(list(argv))
+  except SystemExit as e:  # argparse's own.
+    code = e.code
+  out, err = capsys.readouterr()
+  return code, out, err
+
+
+def test_one_prompt_is_streamed(run_path, spoken, capsys):
+  code, out, err = run_main(capsys, f"--run={run_path}", "--prompt=The quick", "--max_tokens=70", "--seed=3")
+  assert code == 0
+  wanted, = complete(*spoken, ["The quick"], Sampling(seed=3, max_tokens=70))
+  assert out == "The quick" + wanted.text + "\n"
+  assert "step 40: ema" in err and "prefill" in err and "decode" in err and "tokens/s" in err
+  assert "more than the 64 that the model was trained on" in err
+
+
+def test_many_prompts_with_settings_of_their_own(run_path, spoken, tmp_path, capsys):
+  file, out_file = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+  file.write_text('{"prompt": "The", "temperature": 0, "max_tokens": 4}\n'
+                  '{"prompt": "", "stop": "e", "seed": 9}\n')
+  code, out, _ = run_main(
+      capsys, f"--run={run_path}", f"--prompts_file={file}", "--prompt=def f(", f"--out={out_file}",
+      "--n_samples=2", "--max_tokens=12", "--top_k=30", "--batch_size=3")
+  assert (code, out) == (0, "")
+  records = map(json.loads, out_file.read_text().splitlines())
+  records = sorted(records, key=lambda r: (r["prompt_index"], r["sample"]))
+  assert [r["prompt"] for r in records] == ["def f(", "def f(", "The", "The", "", ""]
+  settings = [Sampling(seed=i, max_tokens=12, top_k=30) for i in range(2)]
+  settings += [Sampling(seed=i, max_tokens=4, temperature=0.0, top_k=30) for i in range(2)]
+  settings += [Sampling(seed=9 + i, max_tokens=12, top_k=30, stop=("e",)) for i in range(2)]
+  for record, wanted in zip(records, complete(*spoken, [r["prompt"] for r in records], settings)):
+    assert (record["text"], record["tokens"], record["finish"]) == (wanted.text, wanted.tokens, wanted.finish)
+  assert records[2]["text"] == records[3]["text"]  # Greedy.
+  code, out, _ = run_main(capsys, f"--run={run_path}", "--prompt=a", "--prompt=b", "--max_tokens=3")
+  assert code == 0 and "--- prompt 1 (3 tokens, length)\na" in out and "--- prompt 2" in out
+
+
+def test_weights_and_steps_are_told_apart(run_path, capsys):
+  texts = set()
+  for flags in ([], ["--weights=params"], ["--step=20"]):
+    code, out, _ = run_main(capsys, f"--run={run_path}", "--prompt=The", "--temperature=0", "--max_tokens=20",
+                            *flags)
+    texts.add(out)
+    assert code == 0
+  assert len(texts) == 3
+
+
+@pytest.mark.parametrize("flags, words", [
+  (["--run={}/../smal", "--prompt=a"], "is no run.*there is small"),
+  (["--run={}/../empty", "--prompt=a"], "no finished checkpoint"),
+  (["--run={}"], "give --prompt=TEXT"),
+  (["--run={}", "--promt=a"], "unknown argument --promt=a; did you mean --prompt"),
+  (["--run={}", "--prompt=a", "--temperature=-1"], "temperature=-1.0 must be at least 0"),
+  (["--run={}", "--prompt=a", "--top_k=many"], "invalid int value"),
+  (["--run={}", "--prompt=a", "--step=30"], "--step=30 was not saved; saved: 20, 40"),
+  (["--run={}", "--prompt=a", "--tensor=3"], "needs 3 devices or a multiple; this run has 8"),
+  (["--run={}", "--prompt=a", "--tensor=4"], "n_kv_heads=2 is not a multiple of mesh.tensor=4"),
+  (["--run={}", "--prompts_file={}/none"], "cannot be read"),
+  (["--run={}", "--prompts_file={}/../bad.jsonl"], "bad.jsonl, line 2: unknown setting 'topp'")])
+def test_mistakes_exit_2_and_say_what(run_path, capsys, flags, words):
+  (run_path.parent / "empty").mkdir(exist_ok=True)
+  (run_path.parent / "empty" / "config.json").write_text("{}")
+  (run_path.parent / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "topp": 1}\n')
+  code, _, err = run_main(capsys, *(flag.replace("{}", str(run_path)) for flag in flags))
+  assert code == 2
+  assert "Traceback" not in err
+  assert re.search(words, err), err
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(run_path, tmp_path, capsys):
+  path = shutil.copytree(run_path, tmp_path / "copy")
+  meta = path / "checkpoints" / "40" / "meta.json"
+  meta.write_text(meta.read_text().replace("40", "41", 1))
+  code, _, err = run_main(capsys, f"--run={path}", "--prompt=a", "--max_tokens=2")
+  assert code == 0 and "checkpoint 40 is damaged" in err and "at step 20" in err
+  code, _, err = run_main(capsys, f"--run={path}", "--prompt=a", "--max_tokens=2", "--step=40")
+  assert code == 1 and "damaged" in err
+
+
+def test_help_teaches(capsys):
+  code, out, _ = run_main(capsys, "--help")
+  assert code == 0
+  for word in ("python -m infer.generate --run=", "--top_p", "0 is greedy", "Hugging Face", "--n_samples"):
+    assert word in out

@@ -1,0 +1,164 @@
+"""Where the time of a step goes: a trace of the profiler, and the table of its largest operations.
+
+python -m train.profile DIR
+prints the table of the newest trace under DIR. The trace itself opens in Perfetto or XProf.
+"""
+import argparse
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import re
+import sys
+
+import jax
+
+PROGRAM = "program.hlo.txt"  # Beside the trace: a CPU's trace names operations, but not their source.
+CONTROL = ("while", "call", "conditional", "async-start", "async-done")  # They last as long as what they run.
+# The first that is found in an operation's HLO names its kind.
+KIND = (
+  ("collective", r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"),
+  ("matmul", r"\bdot\b|dot_general|ynn_fusion|convolution|custom-call"),
+  ("gather/scatter", r"gather|scatter"),
+  ("slice/stack", r"dynamic-update-slice|dynamic-slice|dynamic_update_slice"),
+  ("copy/transpose", r"copy|transpose|bitcast|concatenate"),
+  ("reduce", r"reduce"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of the table: all operations that come from one line of model code."""
+  kind: str
+  source: str
+  ms: float
+  count: int
+
+
+@contextlib.contextmanager
+def trace(directory, program=None):
+  """Traces what runs inside; the caller waits for the device before it leaves.
+
+  Args:
+    program: the compiled step, whose text tells which operation comes from which line of code.
+  """
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  if program is not None:
+    (directory / PROGRAM).write_text(program.as_text())
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0  # Python's own calls would be most of the file.
+  with jax.profiler.trace(str(directory), profiler_options=options):
+    yield
+
+
+def top_operations(directory, limit: int = 30) -> str:
+  """The operations that took longest in the newest trace under `directory`, as a text table.
+
+  A time is from an operation's start to its end, summed over its runs and over the devices traced; operations that
+  overlap count fully, so the shares are of the sum, not of the clock.
+
+  Raises:
+    ValueError: no trace there, or one without operations.
+  """
+  rows = read_operations(directory)
+  total = sum(r.ms for r in rows)
+  by_kind = collections.Counter()
+  for row in rows:
+    by_kind[row.kind] += row.ms
+  lines = [f"{total:.1f} ms in {sum(r.count for r in rows)} operations", "", f"{'kind':<16}{'ms':>12}{'share':>8}"]
+  lines += [f"{kind:<16}{ms:>12.1f}{ms / total:>8.1%}" for kind, ms in by_kind.most_common()]
+  lines += ["", f"{'ms':>10}{'share':>8}{'count':>8}  {'kind':<16}source"]
+  lines += [f"{r.ms:>10.1f}{r.ms / total:>8.1%}{r.count:>8}  {r.kind:<16}{r.source}" for r in rows[:limit]]
+  if rows[limit:]:
+    rest = sum(r.ms for r in rows[limit:])
+    lines.append(f"{rest:>10.1f}{rest / total:>8.1%}{sum(r.count for r in rows[limit:]):>8}  {len(rows) - limit} more")
+  return "\n".join(lines) + "\n"
+
+
+def read_operations(directory) -> list[Row]:
+  """The same as data, longest first."""
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    raise ValueError(f"{directory} is not a directory")
+  files = sorted(directory.rglob("*.xplane.pb"), key=lambda f: f.stat().st_mtime)
+  if not files:
+    raise ValueError(f"no *.xplane.pb under {directory}: run with --profile first")
+  programs = sorted(directory.rglob(PROGRAM), key=lambda f: f.stat().st_mtime)
+  sources = _sources(programs[-1].read_text()) if programs else {}
+  ms, count = collections.Counter(), collections.Counter()
+  for name, duration, stats in _events(jax.profiler.ProfileData.from_file(str(files[-1]))):
+    hlo, source = sources.get(name, ("", ""))
+    source = _readable(stats.get("tf_op") or source) or name
+    key = stats.get("hlo_category") or _kind(name, hlo, source), source
+    ms[key] += duration / 1e6
+    count[key] += 1
+  if not ms:
+    raise ValueError(f"{files[-1]} has no operations in it: nothing ran while it was traced")
+  return [Row(*key, total, count[key]) for key, total in ms.most_common()]
+
+
+def _events(data):
+  """(operation, ns, stats) of each run of each operation. A TPU has a line of them; a CPU's are spread over threads."""
+  for plane in data.planes:
+    starts, ends = {}, {}
+    for line in plane.lines:
+      if plane.name.startswith("/device:") and line.name not in ("XLA Ops",) and not line.name.startswith("Stream"):
+        continue
+      for event in line.events:
+        stats = dict(event.stats)
+        # A CPU operation that runs on other threads returns at once; "end: NAME" is when it has finished.
+        if event.name.startswith("end: "):
+          ends[stats.get("_c")] = event.start_ns + event.duration_ns
+        elif "hlo_op" in stats or "hlo_category" in stats:
+          name = str(stats.get("hlo_op", event.name))
+          if not name.startswith(CONTROL):
+            starts[stats.get("_p", len(starts))] = (name, event.start_ns, event.duration_ns, stats)
+    for key, (name, start, duration, stats) in starts.items():
+      yield name, max(duration, ends.get(key, 0) - start), stats
+
+
+def _sources(program: str) -> dict[str, tuple[str, str]]:
+  """operation -> (its line of HLO without metadata, the op_name that JAX gave it)."""
+  found = {}
+  for line in program.splitlines():
+    if match := re.match(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)", line):
+      hlo, _, metadata = match[2].partition("metadata=")
+      op_name = re.search(r'op_name="([^"]*)"', metadata)
+      found[match[1]] = hlo, op_name[1] if op_name else ""
+  return found
+
+
+def _kind(name, hlo, source):
+  for kind, pattern in KIND:
+    if re.search(pattern, f"{name} {hlo.partition('(')[0]}") or (kind == "matmul" and source.endswith("dot_general")):
+      return kind
+  return "elementwise"
+
+
+def _readable(op_name):
+  """jit(train_step)/transpose(jvp())/while/body/closed_call/BTD,DF->BTF/dot_general -> backward BTD,DF->BTF."""
+  if not op_name:
+    return ""
+  backward = "transpose(jvp" in op_name
+  parts = [p for p in op_name.split("/") if p not in ("while", "body", "closed_call", "checkpoint", "rematted_computation")
+           and not re.fullmatch(r"(jit\(\w*\)|transpose\(jvp\(\w*\)\)|jvp\(\w*\)|vmap\(\w*\))", p)]
+  text = "/".join(parts).removesuffix("/dot_general") or "loop"
+  return f"backward {text}" if backward else text
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("directory", help="of a run or of its trace")
+  parser.add_argument("--limit", type=int, default=30, help="lines of the table")
+  args = parser.parse_args(argv)
+  try:
+    print(top_operations(args.directory, args.limit), end="")
+  except ValueError as e:
+    print(e, file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

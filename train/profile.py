@@ -4,9 +4,11 @@ python -m train.profile DIR
 prints the table of the newest trace under DIR. The trace itself opens in Perfetto or XProf.
 """
 import argparse
+import bisect
 import collections
 import contextlib
 import dataclasses
+import math
 import pathlib
 import re
 import sys
@@ -85,12 +87,12 @@ def read_operations(directory) -> list[Row]:
   if not files:
     raise ValueError(f"no *.xplane.pb under {directory}: run with --profile first")
   programs = sorted(directory.rglob(PROGRAM), key=lambda f: f.stat().st_mtime)
-  sources = _sources(programs[-1].read_text()) if programs else {}
+  sources, readers = _read_program(programs[-1].read_text() if programs else "")
   ms, count = collections.Counter(), collections.Counter()
-  for name, duration, stats in _events(jax.profiler.ProfileData.from_file(str(files[-1]))):
+  for name, duration, stats in _events(jax.profiler.ProfileData.from_file(str(files[-1])), readers):
     hlo, source = sources.get(name, ("", ""))
     source = _readable(stats.get("tf_op") or source) or name
-    key = stats.get("hlo_category") or _kind(name, hlo, source), source
+    key = stats.get("hlo_category") or _kind(name, hlo), source
     ms[key] += duration / 1e6
     count[key] += 1
   if not ms:
@@ -98,42 +100,55 @@ def read_operations(directory) -> list[Row]:
   return [Row(*key, total, count[key]) for key, total in ms.most_common()]
 
 
-def _events(data):
-  """(operation, ns, stats) of each run of each operation. A TPU has a line of them; a CPU's are spread over threads."""
+def _events(data, readers):
+  """(operation, ns, stats) of each run of each operation. A TPU has a line of them; the operations
+  of a CPU are spread over threads."""
   for plane in data.planes:
-    starts, ends = {}, {}
+    started, starts, ends = [], collections.defaultdict(list), collections.defaultdict(list)
     for line in plane.lines:
-      if plane.name.startswith("/device:") and line.name not in ("XLA Ops",) and not line.name.startswith("Stream"):
+      if plane.name.startswith("/device:") and not line.name.startswith(("XLA Ops", "Stream")):
         continue
       for event in line.events:
         stats = dict(event.stats)
-        # A CPU operation that runs on other threads returns at once; "end: NAME" is when it has finished.
         if event.name.startswith("end: "):
-          ends[stats.get("_c")] = event.start_ns + event.duration_ns
+          ends[event.name[5:]].append(event.start_ns)
         elif "hlo_op" in stats or "hlo_category" in stats:
           name = str(stats.get("hlo_op", event.name))
+          starts[name].append(event.start_ns)
           if not name.startswith(CONTROL):
-            starts[stats.get("_p", len(starts))] = (name, event.start_ns, event.duration_ns, stats)
-    for key, (name, start, duration, stats) in starts.items():
-      yield name, max(duration, ends.get(key, 0) - start), stats
+            started.append((name, event.start_ns, event.duration_ns, stats))
+    for times in (*starts.values(), *ends.values()):
+      times.sort()
+    for name, start, duration, stats in started:
+      # A CPU operation that other threads work on returns at once. It is over when it says "end", which
+      # may be late, or when one that reads its result starts.
+      over = [_first_after(start, ends[name])]
+      over += [_first_after(start, starts[reader]) for reader in readers.get(name, ())]
+      waited = min(over) - start if over[0] < math.inf else 0
+      yield name, max(duration, waited), stats
 
 
-def _sources(program: str) -> dict[str, tuple[str, str]]:
-  """operation -> (its line of HLO without metadata, the op_name that JAX gave it)."""
-  found = {}
-  for line in program.splitlines():
+def _first_after(start, times):
+  i = bisect.bisect_right(times, start)
+  return times[i] if i < len(times) else math.inf
+
+
+def _read_program(text):
+  """(operation -> (its HLO, the op_name that JAX gave it), operation -> those that read its result)."""
+  found, readers = {}, collections.defaultdict(list)
+  for line in text.splitlines():
     if match := re.match(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)", line):
       hlo, _, metadata = match[2].partition("metadata=")
       op_name = re.search(r'op_name="([^"]*)"', metadata)
       found[match[1]] = hlo, op_name[1] if op_name else ""
-  return found
+      for operand in re.findall(r"%([\w.-]+)", hlo.partition(" calls=")[0]):
+        readers[operand].append(match[1])
+  return found, readers
 
 
-def _kind(name, hlo, source):
-  for kind, pattern in KIND:
-    if re.search(pattern, f"{name} {hlo.partition('(')[0]}") or (kind == "matmul" and source.endswith("dot_general")):
-      return kind
-  return "elementwise"
+def _kind(name, hlo):
+  text = f"{name} {hlo.partition('(')[0]}"
+  return next((kind for kind, pattern in KIND if re.search(pattern, text)), "elementwise")
 
 
 def _readable(op_name):

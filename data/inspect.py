@@ -1,11 +1,11 @@
-"""What a run will read, without training: shares, epochs and packing over its steps, or the rows of
-one step as text.
+"""What a run will read: shares, epochs and packing over its steps, or the rows of one as text.
 
 python -m data.inspect --config=configs/quickstart.py --steps=1000
 python -m data.inspect --config=configs/quickstart.py --step=7
 """
 import argparse
 import collections
+import functools
 import sys
 
 import numpy as np
@@ -102,10 +102,11 @@ def main(argv=None) -> int:
   )
   config, args = flags.load(parser, argv)
   try:
-    for name in ("steps", "step"):
-      if (value := getattr(args, name)) is not None and value < (name == "steps"):
-        raise ValueError(f"--{name}={value} must be at least {int(name == 'steps')}")
-    prepared = prepare(config.data, log=lambda line: print(line, file=sys.stderr))
+    if args.steps is not None and args.steps < 1:
+      raise ValueError(f"--steps={args.steps} must be at least 1")
+    if args.step is not None and args.step < 0:
+      raise ValueError(f"--step={args.step} must be at least 0")
+    prepared = prepare(config.data, log=functools.partial(print, file=sys.stderr))
     rows = Rows(
       prepared,
       config.data,

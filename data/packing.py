@@ -61,8 +61,7 @@ def concat(lengths: np.ndarray, seq_len: int) -> Plan:
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> Plan:
-  """Best-fit decreasing (Ding et al. 2024, 2404.10830): a document no longer than a row is never
-  cut.
+  """Best-fit decreasing (Ding et al. 2024, 2404.10830) cuts only documents longer than a row.
 
   Longer ones are cut into full rows and a rest; then each rest, longest first, goes into the
   fullest row that has room for it. The number of rows depends on the lengths alone, not on their
@@ -78,8 +77,7 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> Plan:
   order = np.argsort(-rest, kind="stable")
   order = order[rest[order] > 0]
   row = np.empty(len(order), np.int64)
-  # rows_with[room]: the open rows with that much room.
-  rows_with = [[] for _ in range(seq_len + 1)]
+  rows_with = [[] for _ in range(seq_len + 1)]  # By how much room they have.
   rooms = 0  # Bit `room` is set where rows_with[room] is not empty.
   n_rows = 0
   for i, size in enumerate(rest[order].tolist()):

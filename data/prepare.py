@@ -281,7 +281,8 @@ def _worker(folder) -> subprocess.Popen:
   env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
          "TOKENIZERS_PARALLELISM": "false"}
   command = [sys.executable, "-m", "data.tokenise", str(folder)]
-  return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)
+  pipe = subprocess.PIPE
+  return subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=env)
 
 
 def _ask(idle, folder, number):

@@ -7,7 +7,6 @@ given to another process.
 import collections.abc
 import glob
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -274,9 +273,7 @@ VARIABLES = ["total", "count", "index", "value", "result", "size"]
 
 def make_text(number: int) -> str:
   """Document `number` of the synthetic source: a story or a few Python functions."""
-  rng = random.Random(
-    int.from_bytes(hashlib.sha256(f"synthetic {number}".encode()).digest()[:8], "little")
-  )
+  rng = random.Random(f"synthetic {number}")
   pick = rng.choice
   if number % 2:
     who = pick(NAMES)

@@ -39,6 +39,7 @@ class Tokenizer:
 
   Attributes:
     vocab_size: number of ids.
+    encode_batch: list of texts -> list of lists of ids, as `encode` for each.
     bos_id, eos_id, pad_id: a vocabulary without a beginning marker opens documents with its end
       marker, as GPT-2 does; one without padding pads with the end marker, whose weight is 0.
     sha256: of the file it was read from.
@@ -148,10 +149,10 @@ def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
     # SentencePiece writes spaces as U+2581, so a real U+2581 would come back as a space: spell it
     # in bytes.
     if not has_fallback or not any(SPACE in text for text in texts):
-      return model.encode(texts)
+      return model.encode(texts, num_threads=1)  # prepare has a process for each core.
     batch = []
     for text in texts:
-      first, *rest = model.encode(text.split(SPACE))
+      first, *rest = model.encode(text.split(SPACE), num_threads=1)
       batch.append(first + [i for part in rest for i in (*fallback, *part)])
     return batch
 
@@ -188,20 +189,23 @@ def _load_huggingface(path: pathlib.Path) -> Tokenizer:
       token_bytes.append(b"" if added[i].special else added[i].content.encode())
     else:
       token_bytes.append(to_bytes(model.id_to_token(i) or ""))
-  specials = {token.content: i for i, token in added.items() if token.special}
   named = path.with_name("tokenizer_config.json")
   named = json.loads(named.read_text()) if named.is_file() else {}
 
   def special(key, names):
-    content = named.get(key)
-    content = content["content"] if isinstance(content, dict) else content
-    return next((specials[n] for n in ((content,) if content else names) if n in specials), None)
+    token = named.get(key)
+    token = token["content"] if isinstance(token, dict) else token
+    ids = [model.token_to_id(name) for name in ([token] if token else names)]
+    return next((i for i in ids if i is not None), None)
 
   eos = special("eos_token", EOS_NAMES)
   if eos is None:
-    raise ValueError(f"tokenizer {path}: none of its special tokens {sorted(specials)} is known to "
-                     "end a document; name it as eos_token in a tokenizer_config.json beside it")
+    raise ValueError(f"tokenizer {path}: it has none of {list(EOS_NAMES)} to end a document; name "
+                     "its own as eos_token in a tokenizer_config.json beside it")
   bos, pad = special("bos_token", BOS_NAMES), special("pad_token", PAD_NAMES)
+  bos, pad = (eos if i is None else i for i in (bos, pad))
+  for i in (bos, eos, pad):
+    token_bytes[i] = b""
 
   def encode_batch(texts: list[str]) -> list[list[int]]:
     return [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)]
@@ -209,9 +213,9 @@ def _load_huggingface(path: pathlib.Path) -> Tokenizer:
   return Tokenizer(
     encode_batch=encode_batch,
     token_bytes=token_bytes,
-    bos_id=eos if bos is None else bos,
+    bos_id=bos,
     eos_id=eos,
-    pad_id=eos if pad is None else pad,
+    pad_id=pad,
     sha256=hashlib.sha256(raw).hexdigest(),
     prefix_space="Strip" in json.dumps(spec.get("decoder")),
   )

@@ -158,7 +158,7 @@ def test_the_standard_library_is_found_without_installed_packages():
 def test_synthetic_text_is_pinned():
   found = documents(kind="synthetic", documents=25_000)
   assert found[1].key == "synthetic#1"
-  assert found[1].text.startswith("A story of Eve, number 1.\n\nEve wants a ring in the garden. ")
+  assert found[1].text.startswith("A story of Dan, number 1.\n\nDan draws a chair in the river. ")
   assert found[24_999].text == sources.make_text(24_999)
 
 

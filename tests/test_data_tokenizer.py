@@ -180,7 +180,7 @@ def test_layout_is_learned(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "size, nearest", [(100_000, "nearest valid: 683"), (20, "nearest valid: 31.")]
+  "size, nearest", [(100_000, "nearest valid: 6.."), (20, "nearest valid: 31.")]
 )
 def test_a_vocabulary_that_does_not_suit_the_text_is_refused(tmp_path, size, nearest):
   with pytest.raises(ValueError, match=f"vocab_size={size} .*{nearest}"):

@@ -281,7 +281,7 @@ SHAPES = [
 def test_flops_are_those_that_xla_counts_in_the_matrix_products(shape):
   """Of a decoder written out here; XLA counts masked pairs too, so the attention is compared apart."""
   m = ModelConfig(vocab_size=1000, **shape).validate()
-  seq_len = 64
+  seq_len = 256
   gated = m.ffn == "swiglu"
   d, n, k, h, f = m.d_model, m.n_heads, m.n_kv_heads, m.head_dim, m.d_ff
   weights = {"q": (d, n * h), "k": (d, k * h), "v": (d, k * h), "o": (n * h, d), "up": (d, f), "down": (f, d)}

@@ -4,17 +4,15 @@ import dataclasses
 import importlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.tiny import MESHES, ROOT, T, V, model_config, packed_batch, put, tiny, variants
+from tests.tiny import MESHES, ROOT, T, V, model_config, packed_batch, put, tiny, trace_step, variants
 
 from model.attention import ATTENTION
 from model.ffn import FFN
 from model.sharding import abstract_mesh
 from train.losses import loss_spec, next_token_loss
-from train.step import abstract_state, make_train_step
 
 VARIANTS = list(variants())
 
@@ -86,17 +84,6 @@ def tiny_run(**changes):
   cfg.model = model_config(**changes)
   cfg.data.tokenizer.vocab_size = V
   return cfg
-
-
-def trace_step(cfg, mesh):
-  """The types that come out of one train step; nothing runs."""
-  graphdef, state = abstract_state(cfg, mesh)
-  number = lambda dtype: jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), dtype,
-                                              sharding=jax.NamedSharding(mesh, cfg.model.rules("batch", None)))
-  batch = {k: number(jnp.float32 if k == "weights" else jnp.int32)
-           for k in ("tokens", "targets", "weights", "positions", "segments")}
-  with jax.sharding.use_abstract_mesh(mesh):
-    return state, jax.eval_shape(make_train_step(cfg, graphdef, state.params), state, batch)
 
 
 @pytest.mark.parametrize("mesh_name", [name for name in MESHES if name != "one"])

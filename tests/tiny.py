@@ -5,6 +5,7 @@ import inspect
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,6 +16,7 @@ from model.kernels.attention import KERNEL
 from model.layers import NORM
 from model.sharding import make_mesh
 from model.transformer import NORM_POSITION, check_names, init_params
+from train.step import abstract_state, make_train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESHES = {
@@ -65,6 +67,18 @@ def put(cfg, mesh, batch):
   """The batch on the mesh, split by rows."""
   place = lambda a: jax.device_put(a, jax.NamedSharding(mesh, cfg.rules("batch", None)))
   return {name: place(a) for name, a in batch.items()}
+
+
+def trace_step(cfg, mesh, closed=False):
+  """(abstract state, what comes out of one train step as types, or its jaxpr). Nothing runs; `mesh` may be abstract."""
+  graphdef, state = abstract_state(cfg, mesh)
+  number = lambda dtype: jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), dtype,
+                                              sharding=jax.NamedSharding(mesh, cfg.model.rules("batch", None)))
+  batch = {k: number(jnp.float32 if k == "weights" else jnp.int32)
+           for k in ("tokens", "targets", "weights", "positions", "segments")}
+  step = make_train_step(cfg, graphdef, state.params)
+  with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+    return state, jax.make_jaxpr(step)(state, batch) if closed else jax.eval_shape(step, state, batch)
 
 
 def experiment_classes(suffix):

@@ -62,7 +62,7 @@ class StopSignal:
   def _handle(self, number, frame):
     if self.at_once or self.received == signal.SIGINT:
       sys.exit(self.EXIT[number])
-    self.received = number
+    self.received = signal.Signals(number)
 
   def requested(self, step: int) -> bool:
     """True on all processes at the same step, once any of them was told to stop."""

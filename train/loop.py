@@ -46,7 +46,9 @@ def train(cfg, workdir, *, overrides=(), stop: StopSignal, profile: bool = False
     write_config_json(workdir / "config.json", cfg, overrides)
 
   checkpoints = Checkpointer(workdir / "checkpoints", cfg.checkpoint)
-  with jax.set_mesh(mesh), MetricsWriter(workdir, cfg.log, primary=primary) as writer, progress:
+  with jax.set_mesh(mesh), MetricsWriter(workdir, cfg.log, primary=primary) as writer, progress, \
+      contextlib.ExitStack() as at_exit:
+    at_exit.callback(checkpoints.wait)  # A save that is under way is finished whatever happens here.
     graphdef, abstract = abstract_state(cfg, mesh)
     state = _restore(checkpoints, abstract, meta, writer, progress)
     stop.at_once = False  # From here on there is something to save.
@@ -82,10 +84,8 @@ def train(cfg, workdir, *, overrides=(), stop: StopSignal, profile: bool = False
     log.flush()
     if step < cfg.steps:
       save()
-      checkpoints.wait()
       progress.note(f"stopped by {stop.received.name} after step {step}, saved; the same command goes on")
       return stop.exit_code
-    checkpoints.wait()
     progress.note(f"memory: peak {peak_memory()}")
   return 0
 

@@ -281,16 +281,25 @@ def test_stop_ids_end_a_text_and_are_reported():
   assert finish == [None] * at + ["stop"]
 
 
-def test_a_cancelled_request_gets_no_more_tokens():
-  prompts, cancelled, count = random_prompts([10, 12]), set(), [0, 0]
+def test_a_cancelled_request_gets_no_more_tokens(monkeypatch):
+  prompts, cancelled, count, done = random_prompts([10, 12]), set(), [0, 0], []
   generator = make_generator(make_config(), steps_per_call=4)
   stats = generator.stats = Stats()
+  call = generator._call
+
+  def watch(name, *args):
+    result = call(name, *args)
+    done.extend([np.asarray(result[0].done_B).tolist()] if name == "decode" else [])
+    return result
+
+  monkeypatch.setattr(generator, "_call", watch)
   for token in generator.generate(prompts, dataclasses.replace(GREEDY, max_tokens=50), cancelled=cancelled):
     count[token.request] += 1
     if token.request == 0 and count[0] == 6:
       cancelled.add(0)
   assert count == [6, 50]
   assert stats.decode_tokens == 56 and stats.prefill_tokens == 22
+  assert done[3] == [True, False]  # On the device too: told in the call after the one in flight.
 
 
 @pytest.mark.parametrize("attention, ffn", [(a, "swiglu") for a in ATTENTION])

@@ -95,6 +95,8 @@ def test_top_p_is_the_smallest_set_and_keeps_the_top():
   assert kept(0.7) == [0, 1]
   assert kept(0.8) == [0, 1, 3]  # Of the two that tie, the lower id goes: as torch's ascending sort.
   assert kept(0.9) == [0, 1, 2, 3]
+  logits_BV = np.zeros((1, 4), np.float32)
+  assert kept(0.5) == [2, 3]  # Exactly p is enough.
 
 
 @pytest.mark.parametrize("name", ["none", "temperature", "top_k", "top_p", "min_p", "all"])
@@ -123,7 +125,8 @@ def test_a_row_does_not_depend_on_the_others():
   seen_BV = rng.random((32, V)) < 0.3
   kinds = list(SETTINGS.values())
   settings = [dataclasses.replace(kinds[i % len(kinds)], seed=i) for i in range(32)]
-  settings[5] = Sampling(temperature=0.0, seed=3)
+  for i in range(3, 32, 4):
+    settings[i] = Sampling(temperature=0.0, seed=3)
   pos_B = np.arange(32, dtype=np.int32)
   run = lambda rows: sample(logits_BV[rows], seen_BV[rows], pos_B[rows],
                             stack_settings([settings[i] for i in rows]))
@@ -149,7 +152,7 @@ def test_greedy_takes_the_top_after_the_penalty_and_reports_the_models_logprob()
   logits_BV = np.array([[2.0, 1.9, -1e30, -1.0]], np.float32)
   seen_BV = np.array([[True, False, False, False]])
   pos_B = np.zeros(1, np.int32)
-  for penalty, token in ((None, 0), (1.5, 1)):
+  for penalty, token in ((None, 0), (1.01, 0), (1.5, 1)):
     s = Sampling(temperature=0.0, repetition_penalty=penalty, top_k=3, top_p=0.5)
     token_B, logprob_B = sample(logits_BV, seen_BV, pos_B, stack_settings([s]))
     assert int(token_B[0]) == token

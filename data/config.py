@@ -7,7 +7,7 @@ class SourceConfig:
   """One named stream of documents."""
   name: str = "text"  # What logs, weights and addresses call it.
   kind: str = "text"  # A key of data.sources.SOURCE: text jsonl parquet tfds array_record synthetic.
-  path: str = ""  # Globs, comma-separated; {stdlib} is Python's library folder; a TFDS name or folder for tfds.
+  path: str = ""  # Globs, comma-separated, !GLOB excludes; {stdlib} is Python's library folder; for tfds a name or folder.
   text_key: str = "text"  # The field or column that holds the text (jsonl, parquet, tfds).
   split: str = "train"  # TFDS only.
   documents: int = 1000  # Synthetic only: how many to make.

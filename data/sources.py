@@ -76,7 +76,7 @@ def _kind(cfg):
 
 
 def find_files(cfg: SourceConfig) -> list[str]:
-  """The files that cfg.path names, sorted; {stdlib} stands for Python's own library.
+  """The files that cfg.path names, sorted; {stdlib} stands for Python's own library, and !GLOB takes files out again.
 
   Raises:
     ValueError: a pattern matches no file.
@@ -85,8 +85,11 @@ def find_files(cfg: SourceConfig) -> list[str]:
   found = set()
   for pattern in cfg.path.split(","):
     is_stdlib = "{stdlib}" in pattern
-    full = pattern.strip().replace("{stdlib}", glob.escape(stdlib))
+    full = pattern.strip().removeprefix("!").replace("{stdlib}", glob.escape(stdlib))
     matches = {path for path in glob.glob(full, recursive=True) if os.path.isfile(path)}
+    if pattern.strip().startswith("!"):
+      found -= matches
+      continue
     if is_stdlib:  # What pip installed is not the library.
       matches = {p for p in matches if "site-packages" not in p and "__pycache__" not in p}
     if not matches:

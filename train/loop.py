@@ -244,7 +244,8 @@ class StepLog:
     now = time.perf_counter()
     seconds, self.read = now - self.read, now
     tokens = float(metrics["tokens"])
-    self.meta["tokens"] += int(tokens)
+    if not metrics["skipped"]:
+      self.meta["tokens"] += int(tokens)
     shown = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0 and k not in ("tokens", "sigmas", "z")}
     values = {**shown, "tokens": self.meta["tokens"], "tokens_per_s": tokens / seconds,
               "mfu": mfu(tokens / seconds * self.flops_per_token, self.peak), "data_wait_ms": 1e3 * data_wait_s,

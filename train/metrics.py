@@ -233,14 +233,18 @@ class Progress:
   def line(self) -> str:
     """"step 120/1000  loss 3.2145  45.2k tokens/s  mfu 41.0%  data wait 0.3%  left 1m20s"."""
     step_ms, wait_ms, tokens = self._means()
-    mfu = self._values.get("mfu")
+    mfu, speed = self._values.get("mfu"), self._values.get("tokens_per_s")
+    mfu = mfu and speed and mfu * tokens / speed  # Over the same steps as the speed.
     return "  ".join([
       f"step {self._step}/{self._steps}", f"loss {self._values['loss']:.4f}", f"{_short(tokens)} tokens/s",
       "mfu n/a" if mfu is None else f"mfu {mfu:.1%}", f"data wait {wait_ms / max(step_ms, 1e-9):.1%}",
       f"left {_duration((self._steps - self._step) * step_ms / 1000)}"])
 
   def _means(self):
-    return [sum(column) / len(column) for column in zip(*self._recent)]
+    """Of the recent steps: ms a step, ms of it waiting for data, tokens a second."""
+    step_ms, wait_ms, speeds = zip(*self._recent)
+    tokens = sum(ms * speed for ms, speed in zip(step_ms, speeds) if math.isfinite(speed))
+    return sum(step_ms) / len(step_ms), sum(wait_ms) / len(wait_ms), tokens / max(sum(step_ms), 1e-9)
 
   def _watch_data(self):
     step_ms, wait_ms, _ = self._means()

@@ -177,3 +177,11 @@ def test_wrong_names_are_refused_with_the_right_ones(tmp_path):
     documents(**fields | {"split": "test"})
   with pytest.raises(ValueError, match="kind 'csv' is not one of .*jsonl"):
     documents(kind="csv", path="x")
+
+
+def test_an_exclamation_mark_takes_files_out(tmp_path):
+  for name in ("a.py", "test/b.py", "sub/test_c/d.py", "sub/e.py"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("x")
+  cfg = SourceConfig(path=f"{tmp_path}/**/*.py,!{tmp_path}/**/test*/**")
+  assert [p.removeprefix(f"{tmp_path}/") for p in sources.find_files(cfg)] == ["a.py", "sub/e.py"]

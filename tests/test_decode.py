@@ -255,7 +255,7 @@ def test_each_program_compiles_once():
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_caches_are_updated_in_place(cache):
-  """Every donated buffer is reused, and none is copied as it lies; XLA:CPU may still transpose one to read it."""
+  """Donated buffers are reused, and none is copied as it lies; XLA:CPU may still transpose one to read it."""
   cfg = make_config(**CACHES[cache])
   generator = make_generator(cfg)
   collect(generator, random_prompts([20, 30]), GREEDY)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -64,6 +66,25 @@ def test_the_record_is_complete(reference):
   evals = [line["step"] for line in reference if "eval/val/bpb" in line]
   assert steps == list(range(1, STEPS + 1)) and evals == [0, 4, 8, 12]
   assert reference[-1]["eval/val/loss"] < reference[0]["eval/val/loss"] - 0.5
+
+
+def test_nothing_compiles_once_the_steps_have_begun(cache, tmp_path, monkeypatch):
+  compiled, make_batches = [], loop.make_batches
+
+  def counted(*args, **kwargs):
+    compiled.clear()
+    return make_batches(*args, **kwargs)
+
+  count = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+  jax.monitoring.register_event_duration_secs_listener(count)
+  monkeypatch.setattr(loop, "make_batches", counted)
+  try:
+    assert run(tiny_run(cache), tmp_path) == 0
+    assert compiled == []
+    jax.jit(lambda x: x * 3.5)(jnp.ones(3))
+    assert compiled, "the count counts"
+  finally:
+    jax.monitoring.unregister_event_duration_listener(count)
 
 
 class Crash(Exception):

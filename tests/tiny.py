@@ -69,14 +69,18 @@ def put(cfg, mesh, batch):
   return {name: place(a) for name, a in batch.items()}
 
 
+def abstract_batch(cfg, mesh):
+  """The types of a batch of a run's config."""
+  number = lambda dtype: jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), dtype,
+                                              sharding=jax.NamedSharding(mesh, cfg.model.rules("batch", None)))
+  return {name: number(jnp.float32 if name == "weights" else jnp.int32)
+          for name in ("tokens", "targets", "weights", "positions", "segments")}
+
+
 def trace_step(cfg, mesh, closed=False):
   """(abstract state, what comes out of one train step as types, or its jaxpr). Nothing runs; `mesh` may be abstract."""
   graphdef, state = abstract_state(cfg, mesh)
-  number = lambda dtype: jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), dtype,
-                                              sharding=jax.NamedSharding(mesh, cfg.model.rules("batch", None)))
-  batch = {k: number(jnp.float32 if k == "weights" else jnp.int32)
-           for k in ("tokens", "targets", "weights", "positions", "segments")}
-  step = make_train_step(cfg, graphdef, state.params)
+  step, batch = make_train_step(cfg, graphdef, state.params), abstract_batch(cfg, mesh)
   with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
     return state, jax.make_jaxpr(step)(state, batch) if closed else jax.eval_shape(step, state, batch)
 

@@ -20,6 +20,7 @@ from train.checkpoint import Checkpointer
 from train.host import CompileCache, StopSignal, peak_memory
 from train.metrics import MetricsWriter, Progress, describe_mfu, flops_per_token, mfu, peak_flops
 from train.optim import path_name
+from train.profile import top_operations
 from train.step import abstract_state, init_state, make_eval_step, make_train_step
 
 
@@ -288,7 +289,6 @@ class Trace:
     yield
     if step == self.last:
       jax.profiler.stop_trace()
-      from train.profile import top_operations
       table = top_operations(self.path)
       (self.path / "top_operations.txt").write_text(table)
       self.progress.note(table)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig
+from model.count import flops_per_token
 from train import metrics
 from train.config import LogConfig, TrainConfig
 from train.metrics import MetricsWriter, Progress, read_metrics
@@ -305,10 +306,10 @@ def test_flops_are_those_that_xla_counts_in_the_matrix_products(shape):
   allowed = sum(min(t, w or seq_len) for w in m.windows for t in range(1, seq_len + 1)) / len(m.windows)
   attention = m.n_layers * count(pairs, (seq_len, n, h)) * allowed / seq_len ** 2
   n_params = m.n_layers * sum(a * b for a, b in weights.values()) + 2 * m.padded_vocab_size * d
-  ours = metrics.flops_per_token(m, seq_len, n_params) * seq_len
+  ours = flops_per_token(m, seq_len, n_params) * seq_len
   assert ours == pytest.approx(3 * (dense + attention), rel=0.02)
   m.head = "tied"
-  tied = metrics.flops_per_token(m, seq_len, n_params - m.padded_vocab_size * d) * seq_len
+  tied = flops_per_token(m, seq_len, n_params - m.padded_vocab_size * d) * seq_len
   assert tied == ours
 
 

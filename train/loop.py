@@ -15,10 +15,11 @@ from jax.experimental import multihost_utils
 from data.flags import as_json, git_state, versions, write_config_json
 from data.pipeline import Rows, make_batches, val_batches
 from data.prepare import prepare
+from model.count import flops_per_token
 from model.sharding import make_mesh
 from train.checkpoint import Checkpointer
 from train.host import CompileCache, StopSignal, peak_memory
-from train.metrics import MetricsWriter, Progress, describe_mfu, flops_per_token, mfu, peak_flops
+from train.metrics import MetricsWriter, Progress, describe_mfu, mfu, peak_flops
 from train.optim import path_name
 from train.profile import top_operations
 from train.step import abstract_state, init_state, make_eval_step, make_train_step

@@ -301,26 +301,6 @@ def _duration(seconds):
 
 # Model FLOPs utilisation.
 
-def flops_per_token(model, seq_len: int, n_params: int) -> float:
-  """Training FLOPs (forward and backward) per token by MFU_CONVENTION.
-
-  Args:
-    model: a validated ModelConfig.
-    seq_len: T; rows are taken as one document each.
-    n_params: of the whole model; of a mixture of experts those that one token meets.
-  """
-  looked_up = 0 if model.head == "tied" else model.padded_vocab_size * model.d_model
-  pairs = [_mean_keys(seq_len, window) for window in model.windows]
-  keys = model.n_layers * sum(pairs) / len(pairs)  # Per token, over all layers.
-  return 6 * (n_params - looked_up) + 12 * model.n_heads * model.head_dim * keys
-
-
-def _mean_keys(seq_len, window):
-  """How many keys a query sees on average: 1, 2, ... up to the window."""
-  window = min(window or seq_len, seq_len)
-  return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
-
-
 def peak_flops(devices) -> tuple[float | None, str]:
   """FLOP/s of all `devices` (jax.devices()) together, and where the number is from.
 

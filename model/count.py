@@ -1,0 +1,57 @@
+"""How large a model is and what a token costs: parameters, FLOPs, bytes. Arithmetic; nothing runs."""
+import collections
+import math
+
+import jax
+import jax.numpy as jnp
+
+# The first word of a parameter's path that is here names its part.
+PARTS = {"embed": "embedding", "unembed": "head", "attention": "attention", "ffn": "ffn"}
+
+
+def count_parameters(params) -> dict[str, int]:
+  """Parameters by part (embedding, attention, ffn, norm, head), largest first, padding of the vocabulary included.
+
+  Args:
+    params: of `init_params` or `abstract_params`.
+  """
+  parts = collections.Counter()
+  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    words = [str(p.key) for p in path]
+    parts[next((PARTS[w] for w in words if w in PARTS), "norm")] += math.prod(leaf.shape)
+  return dict(parts.most_common())
+
+
+def flops_per_token(cfg, seq_len: int, n_params: int, *, causal: bool = True) -> float:
+  """FLOPs of training (forward and backward) per token: 6 per parameter that multiplies, which the head does and the
+  embedding look-up does not, and 12 per head dimension and query-key pair. Remat does not count.
+
+  Args:
+    cfg: a validated ModelConfig.
+    seq_len: T; rows are taken as one document each.
+    n_params: of the whole model; of a mixture of experts those that one token meets.
+    causal: count the pairs that the mask and the window let through; False: all T * T, as a kernel without blocks
+      computes them.
+  """
+  looked_up = 0 if cfg.head == "tied" else cfg.padded_vocab_size * cfg.d_model
+  return 6 * (n_params - looked_up) + 12 * cfg.n_heads * cfg.head_dim * _keys_per_query(cfg, seq_len, causal)
+
+
+def _keys_per_query(cfg, seq_len, causal):
+  """How many keys a query sees on average, summed over the layers: 1, 2, ... up to the window."""
+  windows = [min(window or seq_len, seq_len) for window in cfg.windows]
+  pairs = [w * (w + 1) / 2 + (seq_len - w) * w if causal else seq_len * seq_len for w in windows]
+  return cfg.n_layers * sum(pairs) / len(pairs) / seq_len
+
+
+def cache_bytes(cfg, length: int) -> int:
+  """Bytes of keys and values that one sequence of `length` tokens holds; local layers keep their window."""
+  slots = sum(min(window or length, length) for window in cfg.windows) * cfg.n_layers // len(cfg.windows)
+  return 2 * slots * cfg.n_kv_heads * cfg.head_dim * jnp.dtype(cfg.compute_dtype).itemsize
+
+
+def decode_bytes_per_token(cfg, n_params: int, batch: int, length: int) -> float:
+  """Bytes read from memory to make one token: the weights, shared by the batch, and the sequence's own cache. Times
+  tokens per second it is the bandwidth in use."""
+  looked_up = 0 if cfg.head == "tied" else cfg.padded_vocab_size * cfg.d_model
+  return (n_params - looked_up) * jnp.dtype(cfg.compute_dtype).itemsize / batch + cache_bytes(cfg, length)

@@ -26,6 +26,7 @@ setup(
     "ml-collections>=1.1",
     "absl-py>=2.1",
     "numpy>=2",
+    "packaging",
     "rich>=13",
     "matplotlib>=3.9",
     "wandb>=0.19",

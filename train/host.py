@@ -1,5 +1,7 @@
 """What the process around the training needs: its place among processes, compile cache, signals, memory."""
 import collections
+import glob
+import importlib.util
 import os
 import pathlib
 import resource
@@ -16,9 +18,16 @@ def start_distributed() -> None:
   if jax.config.jax_platforms == "cpu" and jax.config.jax_num_cpu_devices > 1:
     # More fake devices than cores: programs in flight side by side can starve each other's collectives for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-  several = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST")
-  if "JAX_COORDINATOR_ADDRESS" in os.environ or any("," in os.environ.get(name, "") for name in several):
-    jax.distributed.initialize()
+  if "JAX_COORDINATOR_ADDRESS" in os.environ:
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+  elif _on_tpu_host() or int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
+    jax.distributed.initialize()  # The cluster says who is who.
+
+
+def _on_tpu_host():
+  chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+  return bool(chips) and importlib.util.find_spec("libtpu") is not None and jax.config.jax_platforms != "cpu"
 
 
 class CompileCache:

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from data.flags import as_json, git_state, versions, write_config_json
 from data.pipeline import Rows, make_batches, val_batches
 from data.prepare import prepare
+from infer.load import keep_tokenizer
 from model.count import flops_per_token
 from model.sharding import make_mesh
 from train.checkpoint import Checkpointer
@@ -34,18 +35,20 @@ def train(cfg, workdir, *, overrides=(), stop: StopSignal, profile: bool = False
   Raises:
     ValueError: the user's mistake. CheckpointError, RuntimeError: a failure, by name.
   """
-  workdir, primary = pathlib.Path(workdir), jax.process_index() == 0
+  workdir, primary, clock = pathlib.Path(workdir), jax.process_index() == 0, Stopwatch()
   mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
   progress = Progress(cfg.steps, primary=primary)
   cache = CompileCache(pathlib.Path(cfg.data.cache_path) / "jax")
-  prepared = _prepare(cfg, progress.note)
+  with clock.within("preparing data"):
+    prepared = _prepare(cfg, progress.note)
   rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed, steps=cfg.steps)
   feed = Feed(cfg, mesh)
-  evaluate = Evaluation(cfg, prepared, feed)
+  evaluate = Evaluation(cfg, prepared, feed, clock)
   meta = {"config": as_json(cfg), "data": prepared.content_hash, "versions": versions(["jax", "flax", "orbax-checkpoint"]),
           "git": git_state(), "tokens": 0}
   if primary:
     write_config_json(workdir / "config.json", cfg, overrides)
+    keep_tokenizer(prepared.tokenizer_path, cfg.data.tokenizer.kind, workdir)
 
   checkpoints = Checkpointer(workdir / "checkpoints", cfg.checkpoint)
   with jax.set_mesh(mesh), MetricsWriter(workdir, cfg.log, primary=primary) as writer, progress, \
@@ -54,21 +57,28 @@ def train(cfg, workdir, *, overrides=(), stop: StopSignal, profile: bool = False
     graphdef, abstract = abstract_state(cfg, mesh)
     state = _restore(checkpoints, abstract, meta, writer, progress)
     stop.at_once = False  # From here on there is something to save.
-    step_fn, evaluate.step_fn = _compile(cfg, graphdef, abstract, feed, cache, progress)
+    with clock.within("compiling"):
+      step_fn, evaluate.step_fn = _compile(cfg, graphdef, abstract, feed, cache, progress)
     if fresh := state is None:
       state = init_state(cfg, mesh)[1]
     step = int(state.step)
     log = StepLog(cfg, workdir, rows, writer, progress, meta, abstract, lambda: state.params)
-    save = lambda: checkpoints.save(step, state, meta, evaluate.last)
+
+    def save():
+      with clock.within("saving"):
+        checkpoints.save(step, state, meta, evaluate.last)
+
     if fresh:  # What evaluation and saving need in memory and on disk is known before hours are spent.
       evaluate(step, state, log, stop)
       save()
+      progress.note(f"memory: {peak_memory()} at most, with evaluation and saving")
     elif evaluate.is_due(step) and not evaluate.is_recorded(writer.path, step):
       evaluate(step, state, log, stop)  # The signal that stopped the last run came in the middle of it.
 
     batches = feed.batches(make_batches(
-        rows, start_step=step, slots=feed.slots, prefetch=cfg.data.prefetch), log)
+        rows, start_step=step, slots=feed.slots, prefetch=cfg.data.prefetch), log, clock)
     trace = Trace(workdir / "profile", step + 3, cfg.log.profile_steps, progress) if profile else None
+    clock.enter("training")
     while step < cfg.steps and not stop.requested(step):
       checkpoints.check()
       batch = next(batches)
@@ -88,7 +98,10 @@ def train(cfg, workdir, *, overrides=(), stop: StopSignal, profile: bool = False
       save()
       progress.note(f"stopped by {stop.received.name} after step {step}, saved; the same command goes on")
       return stop.exit_code
-    progress.note(f"memory: peak {peak_memory()}")
+    with clock.within("saving"):
+      checkpoints.wait()
+    progress.note(f"memory: {peak_memory()} at most")
+    progress.note(clock.describe())
   return 0
 
 
@@ -164,26 +177,28 @@ class Feed:
 
     return {name: one(a) for name, a in batch.items()}
 
-  def batches(self, batches, log):
+  def batches(self, batches, log, clock):
     """Waits for the next rows, and says how long."""
-    for batch in batches:
-      log.data_wait_s += time.perf_counter() - log.asked
+    while True:
+      start = time.perf_counter()
+      with clock.within("waiting for data"):
+        batch = next(batches)
+      log.data_wait_s += time.perf_counter() - start
       yield self.put(batch)
-      log.asked = time.perf_counter()
 
 
 class Evaluation:
   """Loss and bits per byte of the validation rows, in order, on the averaged weights if there are any."""
 
-  def __init__(self, cfg, prepared, feed):
-    self.cfg, self.feed, self.last, self.step_fn = cfg, feed, {}, None
+  def __init__(self, cfg, prepared, feed, clock):
+    self.cfg, self.feed, self.clock, self.last, self.step_fn = cfg, feed, clock, {}, None
     self.rows = None
     if prepared.count("val", "tokens"):
       self.rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, split="val")
 
   def is_due(self, step):
     every = self.cfg.eval.every
-    return self.rows is not None and (step == self.cfg.steps or every is not None and step % every == 0)
+    return self.rows is not None and (step in (0, self.cfg.steps) or every is not None and step % every == 0)
 
   def is_recorded(self, path, step):
     lines = (json.loads(line) for line in path.read_text().splitlines())
@@ -193,11 +208,12 @@ class Evaluation:
     """Writes and returns the metrics. A signal to stop leaves it: the resumed run does it again."""
     start, total = time.perf_counter(), collections.Counter()
     params = state.params if state.ema is None else state.ema
-    for batch in self._batches():
-      if jax.process_count() == 1 and stop.received:
-        return
-      sums = jax.device_get(self.step_fn(params, self.feed.put(batch)))
-      total.update({name: value.item() for name, value in sums.items()})
+    with self.clock.within("evaluation"):
+      for batch in self._batches():
+        if jax.process_count() == 1 and stop.received:
+          return
+        sums = jax.device_get(self.step_fn(params, self.feed.put(batch)))
+        total.update({name: value.item() for name, value in sums.items()})
     if total["tokens"]:
       self.last = {"eval/val/loss": total["nll"] / total["tokens"], "eval/val/bpb": total["nll"] / math.log(2) / total["bytes"]}
       log.write(step, {**self.last, "eval/val/tokens": total["tokens"], "eval/val/s": time.perf_counter() - start})
@@ -213,7 +229,7 @@ class StepLog:
   def __init__(self, cfg, workdir, rows, writer, progress, meta, abstract, params):
     self.cfg, self.workdir, self.rows, self.writer, self.progress, self.meta = cfg, workdir, rows, writer, progress, meta
     self.params, self.pending = params, None  # `params()`: the newest.
-    self.asked = self.read = time.perf_counter()
+    self.read = time.perf_counter()
     self.data_wait_s = 0.0
     n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(abstract.params))
     self.flops_per_token = flops_per_token(cfg.model, cfg.seq_len, n_params)
@@ -275,6 +291,34 @@ class StepLog:
     if metrics["skipped"] > self.cfg.optim.max_skips:
       raise RuntimeError(f"{int(metrics['skipped'])} steps skipped in a row, more than optim.max_skips="
                          f"{self.cfg.optim.max_skips}; non-finite parameters: {bad[:3] or 'none'}; rows in {path.parent}")
+
+
+class Stopwatch:
+  """Where the wall time goes: always in exactly one phase, so the phases sum to the whole."""
+
+  def __init__(self):
+    self.seconds, self.phase, self.since = collections.Counter(), "start", time.perf_counter()
+
+  def enter(self, phase):
+    """Ends the phase that runs and begins another; returns the one that ended."""
+    now = time.perf_counter()
+    self.seconds[self.phase] += now - self.since
+    before, self.phase, self.since = self.phase, phase, now
+    return before
+
+  @contextlib.contextmanager
+  def within(self, phase):
+    before = self.enter(phase)
+    try:
+      yield
+    finally:
+      self.enter(before)
+
+  def describe(self) -> str:
+    self.enter(self.phase)
+    total = sum(self.seconds.values())
+    parts = ", ".join(f"{name} {s:.1f} s ({s / total:.0%})" for name, s in self.seconds.most_common())
+    return f"time: {total:.1f} s: {parts}"
 
 
 class Trace:

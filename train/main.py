@@ -74,6 +74,7 @@ def main(argv=None) -> int:
   from train.report import write_report
   try:
     code = train(cfg, workdir, overrides=args.overrides, stop=stop, profile=args.profile)
+    stop.at_once = True  # All is saved.
     if code == 0:
       write_report(cfg, workdir, command=f"python -m train.main --config={args.config} --workdir={workdir}")
     return code

@@ -91,8 +91,10 @@ def make_train_step(cfg, graphdef, params):
     new = (params, opt_state, ema)
     old = (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-    metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "sigmas": sigmas,
-               "skipped": guard.skipped, "weight_B": batch["weights"].sum(1), **aux}
+    everywhere = lambda a: jax.sharding.reshard(a, jax.P())  # So that each process can read it.
+    metrics = aux | {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "sigmas": sigmas,
+                     "skipped": guard.skipped, "nll_B": everywhere(aux["nll_B"]),
+                     "weight_B": everywhere(batch["weights"].sum(1))}
     return TrainState(state.step + 1, params, opt_state, ema, guard), metrics
 
   return train_step

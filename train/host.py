@@ -4,6 +4,7 @@ import glob
 import importlib.util
 import os
 import pathlib
+import platform
 import resource
 import signal
 import sys
@@ -28,6 +29,18 @@ def start_distributed() -> None:
 def _on_tpu_host():
   chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
   return bool(chips) and importlib.util.find_spec("libtpu") is not None and jax.config.jax_platforms != "cpu"
+
+
+def keep_memory() -> None:
+  """Makes glibc keep what XLA frees on a CPU, instead of handing gigabytes back to the kernel after each step, which
+  must clear them page by page in the next: a fifth of the time of a step. Call it before JAX starts its threads."""
+  if platform.libc_ver()[0] != "glibc":
+    return
+  trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_* of malloc.h.
+  mallopt = ctypes.CDLL(None).mallopt
+  mallopt(mmap_max, 0)  # Large blocks come from the heap too,
+  mallopt(trim_threshold, -1)  # which never shrinks,
+  mallopt(arena_max, 1)  # and is one for all threads.
 
 
 class CompileCache:

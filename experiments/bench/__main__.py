@@ -1,0 +1,208 @@
+"""python -m experiments.bench train|decode|data [...]: one JSON line of what this machine does, measured in this run.
+
+  train [--against=torch] [--rounds=10]   the fixed case of experiments/bench/case.py through train.step; with
+                                          --against, PyTorch eager takes turns with it, a step each
+  decode [--batch=1,8]                    prefill and decode of the same model through infer.decode
+  data [--rows=2000]                      rows of made-up text through data.pipeline
+
+Machines are noisy: each line has the load average and the machine's own GEMM speed (best and median, float32, NumPy's
+BLAS), measured between the steps. Absolute figures of different runs do not compare; ratios within a run do.
+"""
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+WARM_UP = 2  # Steps before the first that counts.
+
+
+def train(args):
+  from experiments.bench.case import compile_step, train_config
+  from model.count import flops_per_token
+  from model.sharding import make_mesh
+  cfg = train_config()
+  start = time.perf_counter()
+  step, params, compiled = compile_step(cfg, make_mesh())
+  compile_s = time.perf_counter() - start
+  n_params = sum(a.size for a in params.values())
+  line = {"bench": "train", "compile_s": round(compile_s, 1), "parameters": n_params,
+          "temporaries_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6)}
+  with tempfile.TemporaryDirectory() as folder:
+    rival = Rival(pathlib.Path(folder) / "case.npz", cfg, params) if args.against else None
+    del params
+    ours, theirs, gemms, first = [], [], [], None
+    for i in range(WARM_UP + args.rounds):
+      start = time.perf_counter()
+      numbers = step()
+      ours.append(time.perf_counter() - start)
+      if rival is not None:
+        answer = rival.step()
+        theirs.append(answer["seconds"])
+      if i == 0:
+        first = numbers, answer if rival is not None else None
+      gemms.append(_gemm())
+    tokens = cfg.batch_size * cfg.seq_len
+    line |= _speed(ours[WARM_UP:], tokens, gemms, tokens * flops_per_token(cfg.model, cfg.seq_len, n_params))
+    line |= {"first_loss": first[0]["loss"], "first_grad_norm": first[0]["grad_norm"]}
+    if rival is not None:
+      line["against_torch"] = _compare(ours[WARM_UP:], theirs[WARM_UP:], *first)
+      line["torch"] = rival.close()
+  return line
+
+
+class Rival:
+  """PyTorch in a process of its own, which waits while we run."""
+
+  def __init__(self, path, cfg, params):
+    from experiments.bench.case import make_rows
+    rows, optim = make_rows(cfg), cfg.optim
+    np.savez(path, tokens=rows["tokens"], targets=rows["targets"], rope_theta=cfg.model.rope_theta,
+             norm_eps=cfg.model.norm_eps, lr=optim.lr, b1=optim.b1, b2=optim.b2, eps=optim.eps,
+             weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
+             **{f"params/{name}": a for name, a in params.items()})
+    command = [sys.executable, "-m", "experiments.bench.torch_eager", str(path), str(os.cpu_count())]
+    self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    self.version = self._read()["torch"]
+
+  def step(self):
+    self.process.stdin.write("\n")
+    self.process.stdin.flush()
+    return self._read()
+
+  def _read(self):
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError(f"PyTorch's process ended with exit code {self.process.wait()}: its message is above")
+    return json.loads(line)
+
+  def close(self):
+    self.process.stdin.close()
+    self.process.wait()
+    return self.version
+
+
+def _compare(ours, theirs, first, their_first):
+  """How much faster we are: the ratio of median times, with a bootstrap 95 % interval over the rounds."""
+  for name in ("loss", "grad_norm"):
+    if abs(first[name] / their_first[name] - 1) > 1e-3:
+      raise RuntimeError(f"not the same model: {name} of the first step is {first[name]} here, {their_first[name]} there")
+  ours, theirs = np.array(ours), np.array(theirs)
+  pick = np.random.default_rng(0).integers(0, len(ours), (10_000, len(ours)))  # A round is drawn with both its times.
+  ratios = np.median(theirs[pick], axis=1) / np.median(ours[pick], axis=1)
+  low, high = np.quantile(ratios, [0.025, 0.975])
+  return {"ratio": round(float(np.median(theirs) / np.median(ours)), 3), "interval_95": [round(low, 3), round(high, 3)],
+          "rounds": len(ours), "torch_step_ms": round(1e3 * float(np.median(theirs))), "torch_first_loss": their_first["loss"],
+          "torch_first_grad_norm": their_first["grad_norm"]}
+
+
+def decode(args):
+  import jax
+
+  from experiments.bench.case import train_config
+  from infer.decode import Generator
+  from infer.sampling import Sampling
+  from model.count import decode_bytes_per_token, flops_per_token
+  from model.sharding import make_mesh
+  from model.transformer import init_params
+  cfg, mesh = train_config().model, make_mesh()
+  with jax.set_mesh(mesh):
+    params = init_params(cfg, mesh, jax.random.key(0))[1]
+  n_params, prompt, n_tokens = sum(a.size for a in jax.tree.leaves(params)), 512, 32
+  line, gemms, runs = {"bench": "decode", "parameters": n_params, "prompt_tokens": prompt}, [_gemm()], []
+  for batch in args.batch:
+    generator = Generator(cfg, params, mesh)
+    prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, prompt)).tolist()
+    seconds, prefill = [], []
+    for i in range(WARM_UP + args.rounds):
+      generator.stats.decode_s = generator.stats.prefill_s = 0.0
+      made = sum(1 for _ in generator.generate(prompts, Sampling(max_tokens=n_tokens, temperature=0.0)))
+      assert made == batch * n_tokens, made
+      if i >= WARM_UP:
+        seconds.append(generator.stats.decode_s / n_tokens)
+        prefill.append(batch * prompt / generator.stats.prefill_s)
+      gemms.append(_gemm())
+    forward = flops_per_token(cfg, prompt + n_tokens, n_params) / 3
+    n_bytes = decode_bytes_per_token(cfg, n_params, batch, prompt + n_tokens // 2)
+    speed = _speed(seconds, batch, gemms, batch * forward)
+    runs.append({"batch": batch, **speed, "prefill_tokens_per_s": round(statistics.median(prefill)),
+                 "compile_s": round(generator.stats.compile_s, 1), "bytes_per_s": round(speed["tokens_per_s"] * n_bytes)})
+  return line | runs[-1] | {"runs": runs}
+
+
+def data(args):
+  from data.config import DataConfig, SourceConfig, TokenizerConfig
+  from data.pipeline import Rows, make_batches
+  from data.prepare import prepare
+  B, T = 8, 512
+  line = {"bench": "data", "batch_size": B, "seq_len": T}
+  with tempfile.TemporaryDirectory() as folder:
+    source = SourceConfig(name="synthetic", kind="synthetic", documents=4000)
+    cfg = DataConfig(sources=[source], tokenizer=TokenizerConfig(vocab_size=1024), cache_path=folder)
+    start = time.perf_counter()
+    prepared = prepare(cfg.validate() or cfg, log=lambda *_: None)
+    line["prepare_s"] = round(time.perf_counter() - start, 1)
+    line["prepared_tokens"] = prepared.count("train", "tokens")
+    batches = make_batches(Rows(prepared, cfg, seq_len=T, batch_size=B), start_step=0, slots=range(B), prefetch=cfg.prefetch)
+    seconds = []
+    for _ in range(WARM_UP + max(args.rows // B, args.rounds)):
+      start = time.perf_counter()
+      next(batches)
+      seconds.append(time.perf_counter() - start)
+  seconds = seconds[WARM_UP:]
+  mean = statistics.mean(seconds)  # Batches come in bursts, made ahead: the median would say too little.
+  return line | {"rows_per_s": round(B / mean), "tokens_per_s": round(B * T / mean), "step_ms": round(1e3 * mean, 2)}
+
+
+def _speed(seconds, tokens, gemms, flops):
+  """What the median step says, beside the machine's speed in the same minutes."""
+  step_s = statistics.median(seconds)
+  peak = max(gemms)
+  return {"tokens_per_s": round(tokens / step_s, 1), "step_ms": round(1e3 * step_s, 1), "steps": len(seconds),
+          "flops_per_s": round(flops / step_s), "gemm_flops_per_s": round(peak),
+          "gemm_median_flops_per_s": round(statistics.median(gemms)), "fraction_of_gemm_peak": round(flops / step_s / peak, 3)}
+
+
+def _gemm():
+  from train.metrics import measure_gemm
+  return measure_gemm(0.2)
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(prog="experiments.bench", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  cases = parser.add_subparsers(dest="case", required=True)
+  batches = lambda text: [int(n) for n in text.split(",")]
+  for case in (train, decode, data):
+    sub = cases.add_parser(case.__name__)
+    sub.set_defaults(run=case)
+    sub.add_argument("--rounds", type=int, default=10, help="steps that count")
+    if case is train:
+      sub.add_argument("--against", choices=["torch"], help="take turns with PyTorch eager")
+    if case is decode:
+      sub.add_argument("--batch", type=batches, default=[1, 8], help="requests that run together")
+    if case is data:
+      sub.add_argument("--rows", type=int, default=2000)
+  args = parser.parse_args(argv)
+  if args.rounds < 10:
+    print(f"--rounds={args.rounds} must be at least 10: fewer say nothing on a noisy machine", file=sys.stderr)
+    return 2
+  from data.flags import versions
+  from train.host import keep_memory
+  keep_memory()
+  line = args.run(args)
+  line |= {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "load": os.getloadavg(),
+           "cpus": os.cpu_count(), "versions": versions(["jax", "jaxlib", "flax", "numpy"])}
+  print(json.dumps(line), flush=True)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

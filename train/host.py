@@ -1,5 +1,6 @@
 """What the process around the training needs: its place among processes, compile cache, signals, memory."""
 import collections
+import ctypes
 import glob
 import importlib.util
 import os

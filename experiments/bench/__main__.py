@@ -145,9 +145,9 @@ def data(args):
   line = {"bench": "data", "batch_size": B, "seq_len": T}
   with tempfile.TemporaryDirectory() as folder:
     source = SourceConfig(name="synthetic", kind="synthetic", documents=4000)
-    cfg = DataConfig(sources=[source], tokenizer=TokenizerConfig(vocab_size=1024), cache_path=folder)
+    cfg = DataConfig(sources=[source], tokenizer=TokenizerConfig(vocab_size=512), cache_path=folder)
     start = time.perf_counter()
-    prepared = prepare(cfg.validate() or cfg, log=lambda *_: None)
+    prepared = prepare(cfg.validate(), log=lambda *_: None)
     line["prepare_s"] = round(time.perf_counter() - start, 1)
     line["prepared_tokens"] = prepared.count("train", "tokens")
     batches = make_batches(Rows(prepared, cfg, seq_len=T, batch_size=B), start_step=0, slots=range(B), prefetch=cfg.prefetch)

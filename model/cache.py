@@ -1,4 +1,7 @@
-"""Keys and values of the tokens seen so far, as pytrees. One cache a layer; `update` runs on each device's rows and heads."""
+"""Keys and values of the tokens seen so far, as pytrees. One cache a layer; `update` runs on each device's rows and heads.
+
+Heads come before slots in memory, so that a head's keys lie together: decoding reads them all for every token.
+"""
 import dataclasses
 
 import jax
@@ -9,8 +12,8 @@ import jax.numpy as jnp
 @dataclasses.dataclass(frozen=True)
 class DenseCache:
   """Slot s holds position s. For layers that see everything."""
-  k_BSKH: jax.Array
-  v_BSKH: jax.Array
+  k_BKSH: jax.Array
+  v_BKSH: jax.Array
 
   def update(self, k_BTKH, v_BTKH, pos_BT, segment_BT):
     """Writes the tokens whose segment is not 0.
@@ -18,43 +21,52 @@ class DenseCache:
     Returns:
       (cache, k_BSKH, v_BSKH, pos_BS, segment_BS): what the queries of these tokens may look at.
     """
-    B, S = self.k_BSKH.shape[:2]
+    B, _, S, _ = self.k_BKSH.shape
     slot_BT = jnp.where(segment_BT > 0, pos_BT, S)  # Past the end: dropped.
-    row_B1 = jnp.arange(B)[:, None]
-    put = lambda buffer, new: buffer.at[row_B1, slot_BT].set(new.astype(buffer.dtype), mode="drop")
-    cache = DenseCache(put(self.k_BSKH, k_BTKH), put(self.v_BSKH, v_BTKH))
+    cache = DenseCache(_put(self.k_BKSH, slot_BT, k_BTKH), _put(self.v_BKSH, slot_BT, v_BTKH))
     pos_BS = jnp.broadcast_to(jnp.arange(S, dtype=pos_BT.dtype)[None], (B, S))
-    return cache, cache.k_BSKH, cache.v_BSKH, pos_BS, jnp.ones_like(pos_BS)
+    return cache, _slots_first(cache.k_BKSH), _slots_first(cache.v_BKSH), pos_BS, jnp.ones_like(pos_BS)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RingCache:
   """Slot s holds the newest position that is s modulo W. For layers with a window of W tokens."""
-  k_BWKH: jax.Array
-  v_BWKH: jax.Array
+  k_BKWH: jax.Array
+  v_BKWH: jax.Array
   pos_BW: jax.Array  # -1 where nothing was written.
 
   def update(self, k_BTKH, v_BTKH, pos_BT, segment_BT):
     """As DenseCache.update; the tokens of a row stand at consecutive positions."""
     pos_BT = jnp.where(segment_BT > 0, pos_BT, -1)
     if pos_BT.shape[1] == 1:  # The slot written is the one that leaves the window: write, then look.
-      cache = self._put(k_BTKH, v_BTKH, pos_BT)
-      return cache, cache.k_BWKH, cache.v_BWKH, cache.pos_BW, _segment(cache.pos_BW)
+      cache = self._write(k_BTKH, v_BTKH, pos_BT)
+      return cache, _slots_first(cache.k_BKWH), _slots_first(cache.v_BKWH), cache.pos_BW, _segment(cache.pos_BW)
     # The first of several tokens still sees what the last of them overwrites: look at both.
     join = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1)
     pos_BS = join(self.pos_BW, pos_BT)
-    return (self._put(k_BTKH, v_BTKH, pos_BT), join(self.k_BWKH, k_BTKH), join(self.v_BWKH, v_BTKH), pos_BS,
-            _segment(pos_BS))
+    return (self._write(k_BTKH, v_BTKH, pos_BT), join(_slots_first(self.k_BKWH), k_BTKH),
+            join(_slots_first(self.v_BKWH), v_BTKH), pos_BS, _segment(pos_BS))
 
-  def _put(self, k_BTKH, v_BTKH, pos_BT):
-    B, W = self.pos_BW.shape
+  def _write(self, k_BTKH, v_BTKH, pos_BT):
+    W = self.pos_BW.shape[1]
     last_B1 = pos_BT.max(axis=1, keepdims=True)
     # A token that a later one of the same call overwrites is dropped, so that no slot is written twice.
     slot_BT = jnp.where((pos_BT >= 0) & (pos_BT > last_B1 - W), pos_BT % W, W)
-    row_B1 = jnp.arange(B)[:, None]
-    put = lambda buffer, new: buffer.at[row_B1, slot_BT].set(new.astype(buffer.dtype), mode="drop")
-    return RingCache(put(self.k_BWKH, k_BTKH), put(self.v_BWKH, v_BTKH), put(self.pos_BW, pos_BT))
+    row_B1 = jnp.arange(len(slot_BT))[:, None]
+    return RingCache(_put(self.k_BKWH, slot_BT, k_BTKH), _put(self.v_BKWH, slot_BT, v_BTKH),
+                     self.pos_BW.at[row_B1, slot_BT].set(pos_BT, mode="drop"))
+
+
+def _put(buffer_BKSH, slot_BT, new_BTKH):
+  """Writes each token's heads at its slot; a slot past the end drops it."""
+  row_B1 = jnp.arange(len(slot_BT))[:, None]
+  return buffer_BKSH.at[row_B1, :, slot_BT].set(new_BTKH.astype(buffer_BKSH.dtype), mode="drop")
+
+
+def _slots_first(a_BKSH):
+  """As the kernels name it. XLA folds this into the product that reads it: nothing moves."""
+  return jnp.swapaxes(a_BKSH, 1, 2)
 
 
 def _segment(pos_BS):
@@ -65,8 +77,8 @@ def init_cache(cfg, batch: int, length: int) -> tuple:
   """One empty cache a layer, for sequences of up to `length` tokens, sharded by the config's rules."""
   def one(window):
     slots = length if window is None else min(window, length)
-    spec = cfg.rules("batch", None, "kv_heads", None)
-    zeros = jnp.zeros((batch, slots, cfg.n_kv_heads, cfg.head_dim), jnp.dtype(cfg.compute_dtype), out_sharding=spec)
+    spec = cfg.rules("batch", "kv_heads", None, None)
+    zeros = jnp.zeros((batch, cfg.n_kv_heads, slots, cfg.head_dim), jnp.dtype(cfg.compute_dtype), out_sharding=spec)
     if window is None:
       return DenseCache(zeros, zeros)
     return RingCache(zeros, zeros, jnp.full((batch, slots), -1, jnp.int32, out_sharding=cfg.rules("batch", None)))

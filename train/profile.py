@@ -20,11 +20,11 @@ CONTROL = ("while", "call", "conditional", "async-start", "async-done")  # They 
 # The first that is found in an operation's HLO names its kind.
 KIND = (
   ("collective", r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"),
-  ("matmul", r"\bdot\b|dot_general|ynn_fusion|convolution|custom-call"),
+  ("matmul", r"\bdot\b|convolution|custom-call"),
   ("gather/scatter", r"gather|scatter"),
   ("slice/stack", r"dynamic-update-slice|dynamic-slice|dynamic_update_slice"),
   ("copy/transpose", r"copy|transpose|bitcast|concatenate"),
-  ("reduce", r"reduce"),
+  ("reduce", r"reduce|ynn_fusion"),
 )
 
 
@@ -134,20 +134,30 @@ def _first_after(start, times):
 
 
 def _read_program(text):
-  """(operation -> (its HLO, the op_name that JAX gave it), operation -> those that read its result)."""
+  """(operation -> (its HLO, the op_name that JAX gave it), operation -> those that read its result).
+
+  A fusion is shown as the product in it, if there is one: that is most of its work.
+  """
   found, readers = {}, collections.defaultdict(list)
+  products, inside = {}, None  # Computation -> the product in it.
   for line in text.splitlines():
-    if match := re.match(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)", line):
-      hlo, _, metadata = match[2].partition("metadata=")
+    if match := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+      inside = match[1]
+    elif match := re.match(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)", line):
+      name, (hlo, _, metadata) = match[1], match[2].partition("metadata=")
       op_name = re.search(r'op_name="([^"]*)"', metadata)
-      found[match[1]] = hlo, op_name[1] if op_name else ""
+      found[name] = hlo, op_name[1] if op_name else ""
+      if re.search(r"\bdot\(", hlo):
+        products[inside] = found[name]
+      if (calls := re.search(r" fusion\(.*calls=%?([\w.-]+)", hlo)) and calls[1] in products:
+        found[name] = products[calls[1]]
       for operand in re.findall(r"%([\w.-]+)", hlo.partition(" calls=")[0]):
-        readers[operand].append(match[1])
+        readers[operand].append(name)
   return found, readers
 
 
 def _kind(name, hlo):
-  text = f"{name} {hlo.partition('(')[0]}"
+  text = hlo.partition("(")[0] if " dot(" in hlo else f"{name} {hlo.partition('(')[0]}"
   return next((kind for kind, pattern in KIND if re.search(pattern, text)), "elementwise")
 
 

@@ -30,7 +30,7 @@ def train(args):
   from model.sharding import make_mesh
   cfg = train_config()
   start = time.perf_counter()
-  step, params, compiled = compile_step(cfg, make_mesh())
+  step, params, compiled = compile_step(cfg, make_mesh(fsdp=-1))
   compile_s = time.perf_counter() - start
   n_params = sum(a.size for a in params.values())
   line = {"bench": "train", "compile_s": round(compile_s, 1), "parameters": n_params,
@@ -112,7 +112,7 @@ def decode(args):
   from model.count import decode_bytes_per_token, flops_per_token
   from model.sharding import make_mesh
   from model.transformer import init_params
-  cfg, mesh = train_config().model, make_mesh()
+  cfg, mesh = train_config().model, make_mesh(fsdp=-1)
   with jax.set_mesh(mesh):
     params = init_params(cfg, mesh, jax.random.key(0))[1]
   n_params, prompt, n_tokens = sum(a.size for a in jax.tree.leaves(params)), 512, 32

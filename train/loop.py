@@ -264,7 +264,9 @@ class StepLog:
     tokens = float(metrics["tokens"])
     if not metrics["skipped"]:
       self.meta["tokens"] += int(tokens)
-    shown = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0 and k not in ("tokens", "sigmas", "z")}
+    first = ("loss", "grad_norm", "lr")
+    rest = sorted(k for k, v in metrics.items() if np.ndim(v) == 0 and k not in (*first, "tokens", "sigmas", "z"))
+    shown = {k: float(metrics[k]) for k in (*first, *rest)}
     values = {**shown, "tokens": self.meta["tokens"], "tokens_per_s": tokens / seconds,
               "mfu": mfu(tokens / seconds * self.flops_per_token, self.peak), "data_wait_ms": 1e3 * data_wait_s,
               "step_ms": 1e3 * seconds}

@@ -6,7 +6,8 @@ TEST = ["pytest>=8", "hypothesis>=6", "tensorboardX>=2.6"]
 setup(
   name="assay-lm",
   version="0.1.0",
-  description="A JAX and TPU native research codebase for language models: text to a served model, proven at each step.",
+  description=("A JAX and TPU native research codebase for language models: text to a served model, "
+               "proven at each step."),
   python_requires=">=3.11,<3.14",
   packages=find_packages(include=["model*", "data*", "infer*", "train*", "configs*", "experiments*"]),
   install_requires=[

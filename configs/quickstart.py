@@ -1,12 +1,13 @@
-"""The first hour: a small model of Python's own library, from the text on this machine to a sample, on a laptop's CPU.
+"""The first hour: a small model of Python's own library, from the text on this machine to a sample,
+on a laptop's CPU.
 
 python -m train.main --config=configs/quickstart.py
-No network, account or data is needed. Cost: about 5 minutes on two cores. Expected: fewer bits per byte than gzip -9
-needs for the same held-out files. Tests and tables of encodings are left out: they are data more than they are code.
+No network, account or data is needed. Cost: about 5 minutes on two cores. Expected: fewer bits per byte than
+gzip -9 needs for the same held-out files. Tests and tables of encodings are left out: they are data more than
+they are code.
 """
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from train.config import TrainConfig
-
 
 STDLIB = ("{stdlib}/**/*.py,{stdlib}/**/*.txt,{stdlib}/**/*.rst,"
           "!{stdlib}/**/test*/**,!{stdlib}/**/*_test/**,!{stdlib}/encodings/*")

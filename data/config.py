@@ -7,7 +7,8 @@ class SourceConfig:
   """One named stream of documents."""
   name: str = "text"  # What logs, weights and addresses call it.
   kind: str = "text"  # A key of data.sources.SOURCE: text jsonl parquet tfds array_record synthetic.
-  path: str = ""  # Globs, comma-separated, !GLOB excludes; {stdlib} is Python's library folder; for tfds a name or folder.
+  # Globs, comma-separated, !GLOB excludes; {stdlib} is Python's library folder; for tfds a name or folder.
+  path: str = ""
   text_key: str = "text"  # The field or column that holds the text (jsonl, parquet, tfds).
   split: str = "train"  # TFDS only.
   documents: int = 1000  # Synthetic only: how many to make.
@@ -62,7 +63,8 @@ class DataConfig:
       if source.kind != "synthetic" and not source.path:
         raise ValueError(f"data.sources[{i}].path is empty: kind {source.kind!r} needs one")
     if len({s.weight is None for s in self.sources}) > 1:
-      raise ValueError(f"data.sources: give every source a weight or none; got {[s.weight for s in self.sources]}")
+      raise ValueError("data.sources: give every source a weight or none; "
+                       f"got {[s.weight for s in self.sources]}")
     self._validate_stages()
     return self
 

@@ -76,7 +76,8 @@ def _kind(cfg):
 
 
 def find_files(cfg: SourceConfig) -> list[str]:
-  """The files that cfg.path names, sorted; {stdlib} stands for Python's own library, and !GLOB takes files out again.
+  """The files that cfg.path names, sorted; {stdlib} stands for Python's own library, and !GLOB takes files
+  out again.
 
   Raises:
     ValueError: a pattern matches no file.

@@ -1,6 +1,8 @@
-"""Does a gate on each head's output help? (arXiv:2505.06708: a sigmoid gate after the attention, from the layer's input.)
+r"""Does a gate on each head's output help? (arXiv:2505.06708: a sigmoid gate after the attention, from the
+layer's input.)
 
-python -m train.main --config=configs/tiny.py --config.model.attention=experiments.gated_attention:GatedAttention
+python -m train.main --config=configs/tiny.py \
+    --config.model.attention=experiments.gated_attention:GatedAttention
 """
 import jax
 import jax.numpy as jnp

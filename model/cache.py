@@ -1,6 +1,8 @@
-"""Keys and values of the tokens seen so far, as pytrees. One cache a layer; `update` runs on each device's rows and heads.
+"""Keys and values of the tokens seen so far, as pytrees. One cache a layer; `update` runs on each device's
+rows and heads.
 
-Heads come before slots in memory, so that a head's keys lie together: decoding reads them all for every token.
+Heads come before slots in memory, so that a head's keys lie together: decoding reads them all for every
+token.
 """
 import dataclasses
 
@@ -41,7 +43,8 @@ class RingCache:
     pos_BT = jnp.where(segment_BT > 0, pos_BT, -1)
     if pos_BT.shape[1] == 1:  # The slot written is the one that leaves the window: write, then look.
       cache = self._write(k_BTKH, v_BTKH, pos_BT)
-      return cache, _slots_first(cache.k_BKWH), _slots_first(cache.v_BKWH), cache.pos_BW, _segment(cache.pos_BW)
+      return (cache, _slots_first(cache.k_BKWH), _slots_first(cache.v_BKWH), cache.pos_BW,
+              _segment(cache.pos_BW))
     # The first of several tokens still sees what the last of them overwrites: look at both.
     join = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1)
     pos_BS = join(self.pos_BW, pos_BT)
@@ -78,9 +81,11 @@ def init_cache(cfg, batch: int, length: int) -> tuple:
   def one(window):
     slots = length if window is None else min(window, length)
     spec = cfg.rules("batch", "kv_heads", None, None)
-    zeros = jnp.zeros((batch, cfg.n_kv_heads, slots, cfg.head_dim), jnp.dtype(cfg.compute_dtype), out_sharding=spec)
+    zeros = jnp.zeros((batch, cfg.n_kv_heads, slots, cfg.head_dim), jnp.dtype(cfg.compute_dtype),
+                      out_sharding=spec)
     if window is None:
       return DenseCache(zeros, zeros)
-    return RingCache(zeros, zeros, jnp.full((batch, slots), -1, jnp.int32, out_sharding=cfg.rules("batch", None)))
+    return RingCache(zeros, zeros,
+                     jnp.full((batch, slots), -1, jnp.int32, out_sharding=cfg.rules("batch", None)))
 
   return tuple(one(window) for window in cfg.windows * (cfg.n_layers // len(cfg.windows)))

@@ -78,16 +78,18 @@ class ModelConfig:
     if self.n_kv_heads is None:
       self.n_kv_heads = self.n_heads
     if self.n_heads % self.n_kv_heads:
-      raise ValueError(f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}; "
-                       f"nearest valid n_kv_heads: {_nearest_divisors(self.n_heads, self.n_kv_heads)}")
+      raise ValueError(f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads="
+                       f"{self.n_kv_heads}; nearest valid n_kv_heads: "
+                       f"{_nearest_divisors(self.n_heads, self.n_kv_heads)}")
     if self.head_dim is None:
       if self.d_model % self.n_heads:
-        raise ValueError(f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}: set "
-                         f"model.head_dim, or n_heads to one of {_nearest_divisors(self.d_model, self.n_heads)}")
+        raise ValueError(f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}: "
+                         "set model.head_dim, or n_heads to one of "
+                         f"{_nearest_divisors(self.d_model, self.n_heads)}")
       self.head_dim = self.d_model // self.n_heads
     if self.head_dim % 2:
-      raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs; nearest valid: "
-                       f"{self.head_dim - 1 or 2}, {self.head_dim + 1}")
+      raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs; "
+                       f"nearest valid: {self.head_dim - 1 or 2}, {self.head_dim + 1}")
     if self.d_ff is None:
       gated = self.ffn in ("swiglu", "geglu")
       self.d_ff = -(-(8 * self.d_model if gated else 12 * self.d_model) // 3 // 128) * 128
@@ -98,7 +100,8 @@ class ModelConfig:
     if self.ffn in ("swiglu", "geglu", "gelu", "relu"):
       for name in ("n_experts", "n_experts_per_token"):
         if getattr(self, name) is not None:
-          raise ValueError(f"model.{name}={getattr(self, name)} is not read by model.ffn={self.ffn!r}: leave it None")
+          raise ValueError(f"model.{name}={getattr(self, name)} is not read by model.ffn={self.ffn!r}: "
+                           "leave it None")
     return self
 
   def _validate_layers(self):

@@ -10,7 +10,8 @@ PARTS = {"embed": "embedding", "unembed": "head", "attention": "attention", "ffn
 
 
 def count_parameters(params) -> dict[str, int]:
-  """Parameters by part (embedding, attention, ffn, norm, head), largest first, padding of the vocabulary included.
+  """Parameters by part (embedding, attention, ffn, norm, head), largest first, padding of the vocabulary
+  included.
 
   Args:
     params: of `init_params` or `abstract_params`.
@@ -23,15 +24,15 @@ def count_parameters(params) -> dict[str, int]:
 
 
 def flops_per_token(cfg, seq_len: int, n_params: int, *, causal: bool = True) -> float:
-  """FLOPs of training (forward and backward) per token: 6 per parameter that multiplies, which the head does and the
-  embedding look-up does not, and 12 per head dimension and query-key pair. Remat does not count.
+  """FLOPs of training (forward and backward) per token: 6 per parameter that multiplies, which the head does
+  and the embedding look-up does not, and 12 per head dimension and query-key pair. Remat does not count.
 
   Args:
     cfg: a validated ModelConfig.
     seq_len: T; rows are taken as one document each.
     n_params: of the whole model; of a mixture of experts those that one token meets.
-    causal: count the pairs that the mask and the window let through; False: all T * T, as a kernel without blocks
-      computes them.
+    causal: count the pairs that the mask and the window let through; False: all T * T, as a kernel without
+      blocks computes them.
   """
   looked_up = 0 if cfg.head == "tied" else cfg.padded_vocab_size * cfg.d_model
   return 6 * (n_params - looked_up) + 12 * cfg.n_heads * cfg.head_dim * _keys_per_query(cfg, seq_len, causal)
@@ -51,7 +52,7 @@ def cache_bytes(cfg, length: int) -> int:
 
 
 def decode_bytes_per_token(cfg, n_params: int, batch: int, length: int) -> float:
-  """Bytes read from memory to make one token: the weights, shared by the batch, and the sequence's own cache. Times
-  tokens per second it is the bandwidth in use."""
+  """Bytes read from memory to make one token: the weights, shared by the batch, and the sequence's own cache.
+  Times tokens per second it is the bandwidth in use."""
   looked_up = 0 if cfg.head == "tied" else cfg.padded_vocab_size * cfg.d_model
   return (n_params - looked_up) * jnp.dtype(cfg.compute_dtype).itemsize / batch + cache_bytes(cfg, length)

@@ -3,9 +3,11 @@ import jax.numpy as jnp
 
 
 def rope(x_BTNH, pos_BT, theta):
-  """Rotates the pairs (i, i + H/2) by pos * theta^(-2i/H) (arXiv:2104.09864, in the rotate-half layout of Llama).
+  """Rotates the pairs (i, i + H/2) by pos * theta^(-2i/H) (arXiv:2104.09864, in the rotate-half layout of
+  Llama).
 
-  Positions come from the packer, so they restart in each document. Angles are float32: bf16 cannot count past 256.
+  Positions come from the packer, so they restart in each document. Angles are float32: bf16 cannot count past
+  256.
   """
   half = x_BTNH.shape[-1] // 2
   freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

@@ -1,4 +1,5 @@
-"""Decoder-only transformer: embed, scan over stacked groups of blocks, norm, head. The one forward definition."""
+"""Decoder-only transformer: embed, scan over stacked groups of blocks, norm, head.
+The one forward definition."""
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -38,13 +39,14 @@ def check_names(cfg: ModelConfig) -> None:
     ValueError: naming the field, its value and the valid names.
   """
   for field, table in (("attention", ATTENTION), ("attention_impl", KERNEL), ("ffn", FFN), ("norm", NORM),
-                       ("norm_position", NORM_POSITION), ("init", INIT), ("remat", REMAT), ("head", dict.fromkeys(HEAD))):
+                       ("norm_position", NORM_POSITION), ("init", INIT), ("remat", REMAT),
+                       ("head", dict.fromkeys(HEAD))):
     lookup(table, getattr(cfg, field), f"model.{field}")
   if cfg.qk_norm is not None:
     lookup(NORM, cfg.qk_norm, "model.qk_norm")
   if cfg.attention_softcap is not None and cfg.attention_impl == "dot_product":
-    raise ValueError(f"model.attention_softcap={cfg.attention_softcap}: model.attention_impl='dot_product' has no soft "
-                     "cap; nearest valid: 'chunked' or 'plain'")
+    raise ValueError(f"model.attention_softcap={cfg.attention_softcap}: model.attention_impl='dot_product' "
+                     "has no soft cap; nearest valid: 'chunked' or 'plain'")
 
 
 class Block(nnx.Module):
@@ -80,8 +82,8 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """Layers are stacked in groups, one group a repetition of cfg.layer_pattern: every leaf of blocks[i] leads with the
-  number of groups."""
+  """Layers are stacked in groups, one group a repetition of cfg.layer_pattern: every leaf of blocks[i] leads
+  with the number of groups."""
 
   def __init__(self, cfg, *, rngs):
     self.cfg = cfg
@@ -147,7 +149,8 @@ class Transformer(nnx.Module):
     return self._final(x_BTD), tuple(new_caches)
 
   def _embed(self, tokens_BT):
-    table_VD = jax.sharding.reshard(self.embed[...].astype(self.cfg.compute_dtype), self.cfg.rules(None, None))
+    table_VD = jax.sharding.reshard(self.embed[...].astype(self.cfg.compute_dtype),
+                                    self.cfg.rules(None, None))
     x_BTD = table_VD.at[tokens_BT].get(out_sharding=self.cfg.rules("batch", None, None))
     return x_BTD if self.cfg.embed_scale is None else x_BTD * jnp.asarray(self.cfg.embed_scale, x_BTD.dtype)
 
@@ -170,7 +173,8 @@ def _stack(cfg, window, keys):
 
 
 def abstract_params(cfg, mesh):
-  """(graphdef, params): nested dicts of sharded ShapeDtypeStructs. `mesh` may be an AbstractMesh: no device is needed."""
+  """(graphdef, params): nested dicts of sharded ShapeDtypeStructs. `mesh` may be an AbstractMesh: no device
+  is needed."""
   graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
 
   def one(param):
@@ -191,10 +195,11 @@ def init_params(cfg, mesh, key):
 
 
 def unstack(cfg, params):
-  """(params without the blocks' arrays, one tree of arrays a layer): decode reads each layer's weights where they lie,
-  instead of a slice of the stack."""
+  """(params without the blocks' arrays, one tree of arrays a layer): decode reads each layer's weights where
+  they lie, instead of a slice of the stack."""
   n_in_group = len(cfg.windows)
   slice_all = jax.jit(lambda blocks: [
-      jax.tree.map(lambda a, g=n // n_in_group: a[g], blocks[str(n % n_in_group)]) for n in range(cfg.n_layers)])
+      jax.tree.map(lambda a, g=n // n_in_group: a[g], blocks[str(n % n_in_group)])
+      for n in range(cfg.n_layers)])
   layers = slice_all(params["blocks"])
   return {**params, "blocks": jax.tree.map(lambda a: jnp.zeros(()), params["blocks"])}, layers

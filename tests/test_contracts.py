@@ -1,5 +1,5 @@
-"""What every variant must hold. Variants are discovered: a new entry of a table, or a class under experiments/, is tested
-here because it exists."""
+"""What every variant must hold. Variants are discovered: a new entry of a table, or a class under
+experiments/, is tested here because it exists."""
 import dataclasses
 import importlib
 
@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tests.tiny import MESHES, ROOT, T, V, model_config, packed_batch, put, tiny, trace_step, variants
 
 from model.attention import ATTENTION
 from model.ffn import FFN
 from model.sharding import abstract_mesh
+from tests.tiny import MESHES, ROOT, T, V, model_config, packed_batch, put, tiny, trace_step, variants
 from train.losses import loss_spec, next_token_loss
 
 VARIANTS = list(variants())
@@ -71,7 +71,8 @@ def test_first_loss_and_every_gradient(name):
   with jax.set_mesh(mesh):
     batch = packed_batch()
     loss, grads = gradient(params, put(cfg, mesh, batch))
-  assert float(loss) / batch["weights"].sum() == pytest.approx(np.log(V), rel=0.1 if cfg.init == "fan_in" else 0.02)
+  assert float(loss) / batch["weights"].sum() == pytest.approx(
+      np.log(V), rel=0.1 if cfg.init == "fan_in" else 0.02)
   for path, g in jax.tree_util.tree_flatten_with_path(grads)[0]:
     assert np.isfinite(g).all() and np.abs(g).max() > 0, path
     if path[0].key == "blocks":  # Every layer of the stack, not only one of them.
@@ -109,7 +110,8 @@ def test_every_config_loads_and_traces(name):
   module = importlib.import_module(f"configs.{name}")
   cfg = module.get_config().validate()
   check_names(cfg.model)
-  assert f"configs/{name}.py" in module.__doc__ and "Expected" in module.__doc__, "say the command and what to expect"
+  assert f"configs/{name}.py" in module.__doc__ and "Expected" in module.__doc__, \
+      "say the command and what to expect"
   mesh = abstract_mesh(**{axis: max(size, 1) for axis, size in dataclasses.asdict(cfg.mesh).items()})
   _, (_, metrics) = trace_step(cfg, mesh)
   assert metrics["loss"].shape == ()

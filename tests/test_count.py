@@ -43,7 +43,8 @@ def test_parameters_by_part_are_those_of_the_arrays():
   cfg = model_config(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, vocab_size=300)
   parts = count_parameters(abstract_params(cfg, mesh_of("one"))[1])
   assert parts == {"embedding": 384 * 32, "head": 384 * 32,  # 300 is padded to 384.
-                   "ffn": 2 * 3 * 32 * 48, "attention": 2 * (2 * 32 * 32 + 2 * 32 * 16), "norm": (2 * 2 + 1) * 32}
+                   "ffn": 2 * 3 * 32 * 48, "attention": 2 * (2 * 32 * 32 + 2 * 32 * 16),
+                   "norm": (2 * 2 + 1) * 32}
 
 
 def test_flops_by_hand():
@@ -52,7 +53,8 @@ def test_flops_by_hand():
   n_params = matmul + 384 * 32
   assert flops_per_token(cfg, 5, n_params) == 6 * matmul + 2 * 12 * 32 * (1 + 2 + 3 + 4 + 5) / 5
   assert flops_per_token(cfg, 5, n_params, causal=False) == 6 * matmul + 2 * 12 * 32 * 5
-  local = model_config(d_model=32, n_layers=2, head_dim=8, d_ff=48, window=2, layer_pattern=("local", "global"))
+  local = model_config(d_model=32, n_layers=2, head_dim=8, d_ff=48, window=2,
+                       layer_pattern=("local", "global"))
   assert flops_per_token(local, 5, n_params) == 6 * matmul + 12 * 32 * ((1 + 2 + 2 + 2 + 2) + 15) / 5
 
 
@@ -77,4 +79,5 @@ def test_cache_bytes_are_those_of_the_cache():
     arrays = [a for a in jax.tree.leaves(caches) if a.ndim == 4]  # A ring's positions are not counted.
     assert cache_bytes(cfg, 16) == sum(a.nbytes for a in arrays)
   n_params = 1000 + cfg.padded_vocab_size * cfg.d_model
-  np.testing.assert_allclose(decode_bytes_per_token(cfg, n_params, 4, 16), 1000 * 2 / 4 + cache_bytes(cfg, 16))
+  np.testing.assert_allclose(decode_bytes_per_token(cfg, n_params, 4, 16),
+                             1000 * 2 / 4 + cache_bytes(cfg, 16))

@@ -1,5 +1,5 @@
-"""The whole forward pass against the papers' formulas, written out in float64 NumPy without looking at the model's code
-paths: one token attends at a time, nothing is stacked, scanned, chunked or fused."""
+"""The whole forward pass against the papers' formulas, written out in float64 NumPy without looking at the
+model's code paths: one token attends at a time, nothing is stacked, scanned, chunked or fused."""
 import jax
 import numpy as np
 import pytest
@@ -36,7 +36,8 @@ def cap(x, limit):
 def attention(cfg, p, x, pos, segment, window):
   """One row, x [T, D]."""
   T, N, K = len(x), cfg.n_heads, cfg.n_kv_heads
-  q, k, v = (np.tensordot(x, p[w], 1) + p.get(b, 0) for w, b in (("wq", "q_bias"), ("wk", "k_bias"), ("wv", "v_bias")))
+  q, k, v = (np.tensordot(x, p[w], 1) + p.get(b, 0)
+             for w, b in (("wq", "q_bias"), ("wk", "k_bias"), ("wv", "v_bias")))
   if cfg.qk_norm:
     q, k = norm(p["q_norm"], q, cfg.norm_eps), norm(p["k_norm"], k, cfg.norm_eps)
   q = [[rotate(q[t, n], pos[t], cfg.rope_theta) for n in range(N)] for t in range(T)]
@@ -46,7 +47,8 @@ def attention(cfg, p, x, pos, segment, window):
     seen = [s for s in range(t + 1) if segment[s] == segment[t] and (window is None or t - s < window)]
     for n in range(N):
       head = n * K // N
-      logits = cap(np.array([q[t][n] @ k[s][head] for s in seen]) / np.sqrt(cfg.head_dim), cfg.attention_softcap)
+      logits = np.array([q[t][n] @ k[s][head] for s in seen]) / np.sqrt(cfg.head_dim)
+      logits = cap(logits, cfg.attention_softcap)
       out[t, n] = special.softmax(logits) @ v[seen, head]
   return np.tensordot(out, p["wo"], 2) + p.get("o_bias", 0)
 

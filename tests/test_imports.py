@@ -1,7 +1,9 @@
-"""Imports go one way: model, data <- infer <- train <- configs, experiments. Nothing of torch or TensorFlow in the core."""
+"""Imports go one way: model, data <- infer <- train <- configs, experiments. Nothing of torch or TensorFlow
+in the core."""
 import ast
 
 import pytest
+
 from tests.tiny import ROOT
 
 ALLOWED = {

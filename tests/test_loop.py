@@ -199,14 +199,15 @@ def test_other_data_is_refused(cache, tmp_path, monkeypatch):
 # Real processes, killed for real.
 
 def command(workdir, cache, *more):
-  return [sys.executable, "-m", "train.main", "--config=configs/tiny.py", f"--workdir={workdir}", "--config.steps=60",
-          "--config.checkpoint.every=7", "--config.eval.every=10", f"--config.data.cache_path={cache}", *more]
+  return [sys.executable, "-m", "train.main", "--config=configs/tiny.py", f"--workdir={workdir}",
+          "--config.steps=60", "--config.checkpoint.every=7", "--config.eval.every=10",
+          f"--config.data.cache_path={cache}", *more]
 
 
 def launch(workdir, cache, *more):
   env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
-  return subprocess.Popen(command(workdir, cache, *more), cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+  return subprocess.Popen(command(workdir, cache, *more), cwd=ROOT, env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_until(process, condition, what):

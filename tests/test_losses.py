@@ -40,13 +40,16 @@ def test_equals_dense(mesh_name, chunk, softcap, z_loss):
       x, head, targets, weights, softcap, z_loss)
   with jax.set_mesh(mesh):
     put = lambda a, *axes: jax.device_put(a, jax.NamedSharding(mesh, TRAIN(*axes)))
-    args = put(x, "batch", None, None), put(head, None, "vocab"), put(targets, "batch", None), put(weights, "batch", None)
+    args = (put(x, "batch", None, None), put(head, None, "vocab"), put(targets, "batch", None),
+            put(weights, "batch", None))
     loss = jax.jit(lambda x, head, *rest: cross_entropy(spec, x, head, *rest))
     (got, (got_B, _)), (dx, dhead) = jax.jit(jax.value_and_grad(
-        lambda x, head, *rest: jax.tree.map(lambda a: 0.5 * a, cross_entropy(spec, x, head, *rest)), (0, 1), has_aux=True))(*args)
+        lambda x, head, *rest: jax.tree.map(lambda a: 0.5 * a, cross_entropy(spec, x, head, *rest)),
+        (0, 1), has_aux=True))(*args)
     plain, (plain_B, _) = loss(*args)
   scale = np.abs(want_dhead).max()
-  assert float(plain) == pytest.approx(float(want), rel=1e-6) and float(got) == pytest.approx(float(want) / 2, rel=1e-6)
+  assert float(plain) == pytest.approx(float(want), rel=1e-6)
+  assert float(got) == pytest.approx(float(want) / 2, rel=1e-6)
   np.testing.assert_allclose(plain_B, want_B, rtol=2e-6)
   np.testing.assert_allclose(2 * got_B, want_B, rtol=2e-6)
   np.testing.assert_allclose(2 * dx, want_dx, atol=1e-6 * scale)

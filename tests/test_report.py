@@ -22,7 +22,8 @@ def test_the_report(finished, capsys):
   cfg, workdir = finished
   write_report(cfg, workdir, "python -m train.main --config=configs/tiny.py")
   text = (workdir / "report.md").read_text()
-  for part in ("this model after 6 steps", "gzip -9", "order-5", "```\nThe ", "infer.generate", "--allow_change=steps"):
+  for part in ("this model after 6 steps", "gzip -9", "order-5", "```\nThe ", "infer.generate",
+               "--allow_change=steps"):
     assert part in text
   assert text in capsys.readouterr().out
   assert (workdir / "plot.png").read_bytes().startswith(b"\x89PNG")

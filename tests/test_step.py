@@ -1,4 +1,5 @@
-"""One step: the same on every mesh, in any number of micro-batches, under every remat policy; bad steps change nothing."""
+"""One step: the same on every mesh, in any number of micro-batches, under every remat policy; bad steps
+change nothing."""
 import dataclasses
 import functools
 
@@ -25,7 +26,8 @@ def run_config(mesh_name="one", *, model=None, **changes):
 def _run(mesh_name, optimizer, steps=2):
   model = dict(window=9, layer_pattern=("local", "global"), qk_norm="rmsnorm", logit_softcap=30.0)
   cfg = run_config(mesh_name, model=model, accum_steps=1 if mesh_name in ("data", "fsdp") else 2, z_loss=1e-3,
-                   optim=OptimConfig(name=optimizer, warmup_steps=2, lr=1e-2, eps=1e-4 if optimizer == "adamw" else None))
+                   optim=OptimConfig(name=optimizer, warmup_steps=2, lr=1e-2,
+                                     eps=1e-4 if optimizer == "adamw" else None))
   mesh = mesh_of(mesh_name)
   graphdef, state = init_state(cfg, mesh)
   with jax.set_mesh(mesh):
@@ -38,7 +40,8 @@ def _run(mesh_name, optimizer, steps=2):
   return history, jax.tree.map(np.asarray, state.params), nll_B
 
 
-@pytest.mark.parametrize("mesh_name, optimizer", [*((m, "adamw") for m in MESHES if m != "one"), ("all", "muon")])
+@pytest.mark.parametrize("mesh_name, optimizer", [
+  *((m, "adamw") for m in MESHES if m != "one"), ("all", "muon")])
 def test_every_mesh_computes_the_same_numbers(mesh_name, optimizer):
   want, want_params, want_nll = _run("one", optimizer)
   got, params, nll = _run(mesh_name, optimizer)
@@ -150,7 +153,8 @@ def test_ema_is_the_written_out_average():
 
 
 def test_one_batch_can_be_learned_by_heart():
-  cfg = run_config(model=dict(n_layers=1, vocab_size=128), optim=OptimConfig(lr=2e-2, warmup_steps=5, schedule="constant"))
+  cfg = run_config(model=dict(n_layers=1, vocab_size=128),
+                   optim=OptimConfig(lr=2e-2, warmup_steps=5, schedule="constant"))
   mesh = mesh_of("one")
   graphdef, state = init_state(cfg, mesh)
   with jax.set_mesh(mesh):
@@ -162,8 +166,8 @@ def test_one_batch_can_be_learned_by_heart():
 
 
 def test_bf16_keeps_float32_where_it_matters():
-  """The jaxpr of a bf16 step: every exponential, logarithm, root and maximum is float32, every product of the blocks and
-  the head multiplies bf16, and the head's accumulate in float32."""
+  """The jaxpr of a bf16 step: every exponential, logarithm, root and maximum is float32, every product of the
+  blocks and the head multiplies bf16, and the head's accumulate in float32."""
   cfg = run_config(model=dict(precision="bf16", attention_impl="plain"))
   state, jaxpr = trace_step(cfg, mesh_of("one"), closed=True)
   dots, checked = [], set()

@@ -71,14 +71,15 @@ def put(cfg, mesh, batch):
 
 def abstract_batch(cfg, mesh):
   """The types of a batch of a run's config."""
-  number = lambda dtype: jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), dtype,
-                                              sharding=jax.NamedSharding(mesh, cfg.model.rules("batch", None)))
+  number = lambda dtype: jax.ShapeDtypeStruct(
+      (cfg.batch_size, cfg.seq_len), dtype, sharding=jax.NamedSharding(mesh, cfg.model.rules("batch", None)))
   return {name: number(jnp.float32 if name == "weights" else jnp.int32)
           for name in ("tokens", "targets", "weights", "positions", "segments")}
 
 
 def trace_step(cfg, mesh, closed=False):
-  """(abstract state, what comes out of one train step as types, or its jaxpr). Nothing runs; `mesh` may be abstract."""
+  """(abstract state, what comes out of one train step as types, or its jaxpr). Nothing runs; `mesh` may be
+  abstract."""
   graphdef, state = abstract_state(cfg, mesh)
   step, batch = make_train_step(cfg, graphdef, state.params), abstract_batch(cfg, mesh)
   with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
@@ -86,7 +87,8 @@ def trace_step(cfg, mesh, closed=False):
 
 
 def experiment_classes(suffix):
-  """Every nnx.Module under experiments/ whose name ends so: a new variant is tested because it is found here."""
+  """Every nnx.Module under experiments/ whose name ends so: a new variant is tested because it is found
+  here."""
   found = {}
   for path in sorted((ROOT / "experiments").glob("*.py")):
     text = path.read_text()
@@ -94,21 +96,25 @@ def experiment_classes(suffix):
       continue
     module = importlib.import_module(f"experiments.{path.stem}")
     for name, value in vars(module).items():
-      if inspect.isclass(value) and issubclass(value, nnx.Module) and value.__module__ == module.__name__ and name.endswith(suffix):
+      if (inspect.isclass(value) and issubclass(value, nnx.Module) and value.__module__ == module.__name__
+          and name.endswith(suffix)):
         found[f"{module.__name__}:{name}"] = value
   return found
 
 
 def variants() -> dict[str, dict]:
   """Name -> changes to the tiny model, one for each choice that the tables and experiments/ offer."""
-  found = {f"attention={name}": dict(attention=name) for name in [*ATTENTION, *experiment_classes("Attention")]}
+  found = {f"attention={name}": dict(attention=name)
+           for name in [*ATTENTION, *experiment_classes("Attention")]}
   found |= {f"ffn={name}": dict(ffn=name) for name in [*FFN, *experiment_classes("FFN")]}
   found |= {f"attention_impl={name}": dict(attention_impl=name) for name in KERNEL}
-  found |= {f"window,{name}": dict(attention_impl=name, window=5, layer_pattern=("local", "global")) for name in KERNEL}
+  found |= {f"window,{name}": dict(attention_impl=name, window=5, layer_pattern=("local", "global"))
+            for name in KERNEL}
   found |= {f"norm={name}": dict(norm=name, qk_norm=name) for name in NORM}
   found |= {f"norm_position={name}": dict(norm_position=name) for name in NORM_POSITION}
   found |= {
-    "mha": dict(n_kv_heads=4), "mqa": dict(n_kv_heads=1), "head_dim": dict(head_dim=10), "tied": dict(head="tied"),
+    "mha": dict(n_kv_heads=4), "mqa": dict(n_kv_heads=1), "head_dim": dict(head_dim=10),
+    "tied": dict(head="tied"),
     "biases": dict(qkv_bias=True, out_bias=True, ffn_bias=True),
     "soft caps": dict(attention_impl="chunked", attention_softcap=5.0, logit_softcap=5.0),
     "embed_scale,fan_in": dict(embed_scale=32**0.5, init="fan_in"),
@@ -118,7 +124,8 @@ def variants() -> dict[str, dict]:
 
 @functools.cache
 def tiny(name, mesh_name="one"):
-  """(cfg, mesh, graphdef, params, logits) of a variant; logits(params, batch) is jitted and returns [B, T, V] NumPy."""
+  """(cfg, mesh, graphdef, params, logits) of a variant; logits(params, batch) is jitted and returns [B, T, V]
+  NumPy."""
   cfg, mesh = model_config(**variants()[name]), mesh_of(mesh_name)
   with jax.set_mesh(mesh):
     graphdef, params = init_params(cfg, mesh, jax.random.key(0))

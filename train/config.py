@@ -35,7 +35,8 @@ class OptimConfig:
   lr_scale: tuple[tuple, ...] = ((".*", 1.0),)  # Times the schedule.
   freeze: tuple[tuple, ...] = ((".*", False),)
   ema: float | None = None  # Decay of a moving average of the weights, used to evaluate; None is off.
-  spike_sigma: float | None = 8.0  # Skip steps whose loss is this far above its mean; None: only non-finite ones.
+  # Skip steps whose loss is this far above its mean; None: only non-finite ones.
+  spike_sigma: float | None = 8.0
   max_skips: int = 5  # In a row; one more stops the run.
 
 
@@ -125,16 +126,18 @@ class TrainConfig:
   def _validate_optim(self):
     optim = self.optim
     if optim.warmup_steps >= self.steps:
-      raise ValueError(f"optim.warmup_steps={optim.warmup_steps} must be below steps={self.steps}; nearest valid: "
-                       f"{self.steps - 1}")
+      raise ValueError(f"optim.warmup_steps={optim.warmup_steps} must be below steps={self.steps}; "
+                       f"nearest valid: {self.steps - 1}")
     if optim.schedule not in SCHEDULES:
       raise ValueError(f"optim.schedule={optim.schedule!r} is not one of {sorted(SCHEDULES)}")
     if optim.name not in OPTIMIZER_KNOBS and ":" not in optim.name:
-      raise ValueError(f"optim.name={optim.name!r} is not one of {sorted(OPTIMIZER_KNOBS)} nor a module:function path")
+      raise ValueError(f"optim.name={optim.name!r} is not one of {sorted(OPTIMIZER_KNOBS)} "
+                       "nor a module:function path")
     for knob in ("b1", "b2", "eps", "momentum"):
-      if optim.name in OPTIMIZER_KNOBS and knob not in OPTIMIZER_KNOBS[optim.name] and getattr(optim, knob) is not None:
-        raise ValueError(f"optim.{knob}={getattr(optim, knob)} is not read by optim.name={optim.name!r}, which reads "
-                         f"{list(OPTIMIZER_KNOBS[optim.name])}")
+      if (optim.name in OPTIMIZER_KNOBS and knob not in OPTIMIZER_KNOBS[optim.name]
+          and getattr(optim, knob) is not None):
+        raise ValueError(f"optim.{knob}={getattr(optim, knob)} is not read by optim.name={optim.name!r}, "
+                         f"which reads {list(OPTIMIZER_KNOBS[optim.name])}")
     for name, low, high in (("lr", 0, math.inf), ("decay_fraction", 0, 1), ("final_lr_fraction", 0, 1),
                             ("weight_decay", 0, math.inf), ("ema", 0, 1)):
       value = getattr(optim, name)
@@ -145,8 +148,8 @@ class TrainConfig:
         raise ValueError(f"optim.{name}={value} must be above 0, or None for off")
 
   def _validate_periods(self):
-    for name in ("checkpoint.every", "checkpoint.keep_every", "checkpoint.keep_last", "eval.every", "eval.rows",
-                 "log.every", "log.profile_steps", "optim.max_skips"):
+    for name in ("checkpoint.every", "checkpoint.keep_every", "checkpoint.keep_last", "eval.every",
+                 "eval.rows", "log.every", "log.profile_steps", "optim.max_skips"):
       section, field = name.split(".")
       value = getattr(getattr(self, section), field)
       if value is not None and value < 1:
@@ -170,20 +173,21 @@ class TrainConfig:
     for name, value in (("n_heads", self.model.n_heads), ("n_kv_heads", self.model.n_kv_heads),
                         ("d_ff", self.model.d_ff), ("padded_vocab_size", vocab_size)):
       if value is not None and sizes["tensor"] > 0 and value % sizes["tensor"]:
-        raise ValueError(f"model.{name}={value} is not a multiple of mesh.tensor={sizes['tensor']}; nearest valid "
-                         f"mesh.tensor: {math.gcd(value, sizes['tensor'])}")
+        raise ValueError(f"model.{name}={value} is not a multiple of mesh.tensor={sizes['tensor']}; "
+                         f"nearest valid mesh.tensor: {math.gcd(value, sizes['tensor'])}")
     if self.batch_size % self.accum_steps:
       raise ValueError(f"batch_size={self.batch_size} is not a multiple of accum_steps={self.accum_steps}; "
                        f"{_nearest_multiples('batch_size', self.batch_size, self.accum_steps)}")
     ways = math.prod(max(sizes[axis], 1) for axis in self.model.rules.batch)
     if self.batch_size // self.accum_steps % ways:
-      raise ValueError(f"batch_size={self.batch_size} is not a multiple of {'*'.join(self.model.rules.batch)}={ways} times "
-                       f"accum_steps={self.accum_steps}; "
+      raise ValueError(f"batch_size={self.batch_size} is not a multiple of "
+                       f"{'*'.join(self.model.rules.batch)}={ways} times accum_steps={self.accum_steps}; "
                        f"{_nearest_multiples('batch_size', self.batch_size, ways * self.accum_steps)}")
     for axis in self.model.rules.embed:
       if self.model.d_model % max(sizes[axis], 1):
-        raise ValueError(f"model.d_model={self.model.d_model} is not a multiple of mesh.{axis}={sizes[axis]}; nearest "
-                         f"valid mesh.{axis}: {math.gcd(self.model.d_model, sizes[axis])}")
+        raise ValueError(f"model.d_model={self.model.d_model} is not a multiple of mesh.{axis}="
+                         f"{sizes[axis]}; nearest valid mesh.{axis}: "
+                         f"{math.gcd(self.model.d_model, sizes[axis])}")
 
 
 def _nearest_multiples(name, value, step):

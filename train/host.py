@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 def start_distributed() -> None:
   """Joins the other processes when a launcher or a TPU pod says that there are some; alone otherwise."""
   if jax.config.jax_platforms == "cpu" and jax.config.jax_num_cpu_devices > 1:
-    # More fake devices than cores: programs in flight side by side can starve each other's collectives for ever.
+    # More fake devices than cores: programs in flight side by side can starve each other's collectives for
+    # ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
   if "JAX_COORDINATOR_ADDRESS" in os.environ:
     number = lambda name: int(os.environ[name]) if name in os.environ else None
@@ -33,8 +34,9 @@ def _on_tpu_host():
 
 
 def keep_memory() -> None:
-  """Makes glibc keep what XLA frees on a CPU, instead of handing gigabytes back to the kernel after each step, which
-  must clear them page by page in the next: a fifth of the time of a step. Call it before JAX starts its threads."""
+  """Makes glibc keep what XLA frees on a CPU, instead of handing gigabytes back to the kernel after each
+  step, which must clear them page by page in the next: a fifth of the time of a step. Call it before JAX
+  starts its threads."""
   if platform.libc_ver()[0] != "glibc":
     return
   trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_* of malloc.h.
@@ -45,15 +47,18 @@ def keep_memory() -> None:
 
 
 class CompileCache:
-  """The persistent compilation cache, with its hits and misses counted. A folder that cannot be written is a warning."""
+  """The persistent compilation cache, with its hits and misses counted. A folder that cannot be written is a
+  warning."""
 
   def __init__(self, path):
-    self.path, self.counts = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", path)), collections.Counter()
+    self.path = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", path))
+    self.counts = collections.Counter()
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       (self.path / ".writable").touch()
     except OSError as e:
-      print(f"WARNING: compile cache {self.path} cannot be written ({e.strerror}): compiling without it", file=sys.stderr)
+      print(f"WARNING: compile cache {self.path} cannot be written ({e.strerror}): compiling without it",
+            file=sys.stderr)
       self.path = None
     else:
       jax.config.update("jax_compilation_cache_dir", str(self.path))
@@ -72,8 +77,8 @@ class CompileCache:
 class StopSignal:
   """SIGTERM and Ctrl-C, taken at a moment when the state can be saved.
 
-  Before there is a state (`at_once`) the process ends where it is: what it was doing can be restarted. Afterwards the
-  loop asks `requested` at each step; a second signal does not wait.
+  Before there is a state (`at_once`) the process ends where it is: what it was doing can be restarted.
+  Afterwards the loop asks `requested` at each step; a second signal does not wait.
   """
   EXIT = {signal.SIGTERM: 143, signal.SIGINT: 130}
 

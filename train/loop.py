@@ -1,4 +1,5 @@
-"""The training loop: restore, rows, step, metrics one step late, evaluate, save. Read `train` from top to bottom."""
+"""The training loop: restore, rows, step, metrics one step late, evaluate, save.
+Read `train` from top to bottom."""
 import collections
 import contextlib
 import dataclasses
@@ -41,11 +42,12 @@ def train(cfg, workdir, *, overrides=(), stop: StopSignal, profile: bool = False
   cache = CompileCache(pathlib.Path(cfg.data.cache_path) / "jax")
   with clock.within("preparing data"):
     prepared = _prepare(cfg, progress.note)
-  rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed, steps=cfg.steps)
+  rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed,
+              steps=cfg.steps)
   feed = Feed(cfg, mesh)
   evaluate = Evaluation(cfg, prepared, feed, clock)
-  meta = {"config": as_json(cfg), "data": prepared.content_hash, "versions": versions(["jax", "flax", "orbax-checkpoint"]),
-          "git": git_state(), "tokens": 0}
+  meta = {"config": as_json(cfg), "data": prepared.content_hash,
+          "versions": versions(["jax", "flax", "orbax-checkpoint"]), "git": git_state(), "tokens": 0}
   if primary:
     write_config_json(workdir / "config.json", cfg, overrides)
     keep_tokenizer(prepared.tokenizer_path, cfg.data.tokenizer.kind, workdir)
@@ -113,7 +115,8 @@ def _prepare(cfg, note):
     multihost_utils.sync_global_devices("data is prepared")
     prepared = prepare(cfg.data, log=lambda *_: None)
   if (found := prepared.tokenizer.vocab_size) != cfg.model.vocab_size:
-    raise ValueError(f"model.vocab_size={cfg.model.vocab_size} but the tokenizer has {found}: set it to {found} or None")
+    raise ValueError(f"model.vocab_size={cfg.model.vocab_size} but the tokenizer has {found}: "
+                     f"set it to {found} or None")
   return prepared
 
 
@@ -126,8 +129,9 @@ def _restore(checkpoints, abstract, meta, writer, progress):
   for step, reason in restored.rejected:
     progress.note(f"WARNING: checkpoint {step} is damaged and left aside: {reason}", style="yellow")
   if restored.meta["data"] != meta["data"]:
-    raise ValueError(f"the data has changed since step {restored.step}: content {restored.meta['data'][:12]} then, "
-                     f"{meta['data'][:12]} now; its rows would not be the same. Give another --workdir")
+    raise ValueError(f"the data has changed since step {restored.step}: content "
+                     f"{restored.meta['data'][:12]} then, {meta['data'][:12]} now; its rows would not be "
+                     "the same. Give another --workdir")
   writer.truncate_after(restored.step)
   meta["tokens"] = restored.meta["tokens"]
   progress.note(f"resuming from step {restored.step}")
@@ -140,8 +144,9 @@ def _compile(cfg, graphdef, abstract, feed, cache, progress):
   start = time.perf_counter()
   train_step = jax.jit(make_train_step(cfg, graphdef, abstract.params), donate_argnums=0)
   step_fn = train_step.lower(abstract, feed.abstract).compile()
-  with_bytes = feed.abstract | {"bytes": jax.ShapeDtypeStruct((cfg.batch_size,), jnp.int32, sharding=feed.per_row)}
-  eval_fn = jax.jit(make_eval_step(cfg, graphdef)).lower(abstract.ema or abstract.params, with_bytes).compile()
+  n_bytes = jax.ShapeDtypeStruct((cfg.batch_size,), jnp.int32, sharding=feed.per_row)
+  eval_step = jax.jit(make_eval_step(cfg, graphdef))
+  eval_fn = eval_step.lower(abstract.ema or abstract.params, feed.abstract | {"bytes": n_bytes}).compile()
   memory = step_fn.memory_analysis()
   total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30
   progress.note(f"compile: {time.perf_counter() - start:.1f} s, {cache.describe()}")
@@ -150,10 +155,11 @@ def _compile(cfg, graphdef, abstract, feed, cache, progress):
 
 
 def _describe_dtypes(cfg, abstract):
-  kinds = lambda tree: "+".join(sorted({str(a.dtype) for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)}))
-  return (f"precision {cfg.model.precision}: parameters {kinds(abstract.params)}, compute {cfg.model.compute_dtype}, "
-          f"optimizer {kinds(abstract.opt_state) or 'none'}, gradients and their sum float32, "
-          "norms, rotary angles, softmax, logits and loss float32")
+  kinds = lambda tree: "+".join(sorted({str(a.dtype) for a in jax.tree.leaves(tree)
+                                        if jnp.issubdtype(a.dtype, jnp.floating)}))
+  return (f"precision {cfg.model.precision}: parameters {kinds(abstract.params)}, "
+          f"compute {cfg.model.compute_dtype}, optimizer {kinds(abstract.opt_state) or 'none'}, "
+          "gradients and their sum float32, norms, rotary angles, softmax, logits and loss float32")
 
 
 class Feed:
@@ -215,26 +221,32 @@ class Evaluation:
         sums = jax.device_get(self.step_fn(params, self.feed.put(batch)))
         total.update({name: value.item() for name, value in sums.items()})
     if total["tokens"]:
-      self.last = {"eval/val/loss": total["nll"] / total["tokens"], "eval/val/bpb": total["nll"] / math.log(2) / total["bytes"]}
-      log.write(step, {**self.last, "eval/val/tokens": total["tokens"], "eval/val/s": time.perf_counter() - start})
+      self.last = {"eval/val/loss": total["nll"] / total["tokens"],
+                   "eval/val/bpb": total["nll"] / math.log(2) / total["bytes"]}
+      log.write(step, {**self.last, "eval/val/tokens": total["tokens"],
+                       "eval/val/s": time.perf_counter() - start})
     log.pause(time.perf_counter() - start)
 
   def _batches(self):
-    return [] if self.rows is None else val_batches(self.rows, slots=self.feed.slots, limit=self.cfg.eval.rows)
+    if self.rows is None:
+      return []
+    return val_batches(self.rows, slots=self.feed.slots, limit=self.cfg.eval.rows)
 
 
 class StepLog:
   """Metrics of a step are read when the next one is under way, so the device never waits for the host."""
 
   def __init__(self, cfg, workdir, rows, writer, progress, meta, abstract, params):
-    self.cfg, self.workdir, self.rows, self.writer, self.progress, self.meta = cfg, workdir, rows, writer, progress, meta
+    self.cfg, self.workdir, self.rows = cfg, workdir, rows
+    self.writer, self.progress, self.meta = writer, progress, meta
     self.params, self.pending = params, None  # `params()`: the newest.
     self.read = time.perf_counter()
     self.data_wait_s = 0.0
     n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(abstract.params))
     self.flops_per_token = flops_per_token(cfg.model, cfg.seq_len, n_params)
     self.peak, source = peak_flops(jax.devices())
-    progress.note(f"model: {n_params / 1e6:.1f}M parameters, {self.flops_per_token / 1e6:.1f} MFLOP a token; {describe_mfu(source)}")
+    progress.note(f"model: {n_params / 1e6:.1f}M parameters, {self.flops_per_token / 1e6:.1f} MFLOP a token; "
+                  f"{describe_mfu(source)}")
 
   def later(self, step, metrics):
     """Queues this step's metrics and writes those of the step before."""
@@ -265,11 +277,12 @@ class StepLog:
     if not metrics["skipped"]:
       self.meta["tokens"] += int(tokens)
     first = ("loss", "grad_norm", "lr")
-    rest = sorted(k for k, v in metrics.items() if np.ndim(v) == 0 and k not in (*first, "tokens", "sigmas", "z"))
+    rest = sorted(k for k, v in metrics.items()
+                  if np.ndim(v) == 0 and k not in (*first, "tokens", "sigmas", "z"))
     shown = {k: float(metrics[k]) for k in (*first, *rest)}
     values = {**shown, "tokens": self.meta["tokens"], "tokens_per_s": tokens / seconds,
-              "mfu": mfu(tokens / seconds * self.flops_per_token, self.peak), "data_wait_ms": 1e3 * data_wait_s,
-              "step_ms": 1e3 * seconds}
+              "mfu": mfu(tokens / seconds * self.flops_per_token, self.peak),
+              "data_wait_ms": 1e3 * data_wait_s, "step_ms": 1e3 * seconds}
     if step % self.cfg.log.every == 0 or metrics["skipped"]:
       self.write(step, values)
     if metrics["skipped"]:
@@ -280,19 +293,23 @@ class StepLog:
     loss_B = np.asarray(metrics["nll_B"]) / np.maximum(metrics["weight_B"], 1)
     worst = np.argsort(np.where(np.isfinite(loss_B), -loss_B, -np.inf), kind="stable").tolist()
     numbers = {name: str(metrics[name]) for name in ("loss", "grad_norm", "sigmas")}
-    rows = [{"slot": slot, "loss": str(loss_B[slot]), "pieces": [p._asdict() for p in self.rows.address(step - 1, slot)]}
+    rows = [{"slot": slot, "loss": str(loss_B[slot]),
+             "pieces": [p._asdict() for p in self.rows.address(step - 1, slot)]}
             for slot in worst]
-    bad = [path_name(path) for path, a in jax.tree_util.tree_flatten_with_path(self.params())[0] if not jnp.isfinite(a).all()]
+    bad = [path_name(path) for path, a in jax.tree_util.tree_flatten_with_path(self.params())[0]
+           if not jnp.isfinite(a).all()]
     report = {"step": step, **numbers, "non_finite_parameters": bad, "rows": rows}
     path = self.workdir / "skipped" / f"{step}.json"
     if jax.process_index() == 0:
       path.parent.mkdir(exist_ok=True)
       path.write_text(json.dumps(report, indent=1) + "\n")
-    self.progress.note(f"WARNING: step {step} skipped: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}, "
-                       f"{metrics['sigmas']:.1f} standard deviations above the mean; its rows are in {path}", style="yellow")
+    self.progress.note(f"WARNING: step {step} skipped: loss {metrics['loss']:.4g}, "
+                       f"gradient norm {metrics['grad_norm']:.4g}, {metrics['sigmas']:.1f} standard "
+                       f"deviations above the mean; its rows are in {path}", style="yellow")
     if metrics["skipped"] > self.cfg.optim.max_skips:
       raise RuntimeError(f"{int(metrics['skipped'])} steps skipped in a row, more than optim.max_skips="
-                         f"{self.cfg.optim.max_skips}; non-finite parameters: {bad[:3] or 'none'}; rows in {path.parent}")
+                         f"{self.cfg.optim.max_skips}; non-finite parameters: {bad[:3] or 'none'}; "
+                         f"rows in {path.parent}")
 
 
 class Stopwatch:

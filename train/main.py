@@ -1,7 +1,7 @@
 """python -m train.main --config=configs/quickstart.py [--config.a.b=value ...] [--workdir=DIR]
 
-Trains what the config says, or goes on where DIR was left: the same command does both. Exit codes: 0 done, 2 a
-mistake in the settings (nothing was touched), 143 stopped by SIGTERM after saving, 1 a failure, named.
+Trains what the config says, or goes on where DIR was left: the same command does both. Exit codes: 0 done,
+2 a mistake in the settings (nothing was touched), 143 stopped by SIGTERM after saving, 1 a failure, named.
 """
 import argparse
 import json
@@ -30,7 +30,8 @@ def parse(argv=None):
 
 
 def _find_names(cfg):
-  """What only the code knows: the tables behind the names, and the vocabulary of a tokenizer that is a file."""
+  """What only the code knows: the tables behind the names, and the vocabulary of a tokenizer that is a
+  file."""
   from model.transformer import check_names
   from train.metrics import check_log
   if cfg.model.vocab_size is None:
@@ -52,8 +53,10 @@ def check_resume(cfg, workdir, allowed):
     return
   old = json.loads(path.read_text())["config"]
   if changes := changed_settings(old, as_json(cfg), allowed):
-    lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}" for leaf, was, now in changes]
-    raise ValueError("\n".join([f"{workdir} was begun with other settings (or give another --workdir):", *lines]))
+    lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}"
+             for leaf, was, now in changes]
+    raise ValueError("\n".join([f"{workdir} was begun with other settings (or give another --workdir):",
+                                *lines]))
 
 
 def main(argv=None) -> int:

@@ -1,4 +1,5 @@
-"""Optimizers, schedules and per-parameter rules. All of the mathematics is optax's; this file puts it in order."""
+"""Optimizers, schedules and per-parameter rules. All of the mathematics is optax's; this file puts it in
+order."""
 import re
 import typing
 
@@ -17,7 +18,8 @@ def _adam(o):
 
 def _adafactor(o):
   """Factored second moments (arXiv:1804.04235) without relative steps: the schedule is the step size."""
-  return optax.chain(optax.scale_by_factored_rms(**_given(decay_rate=o.b2, epsilon=o.eps)), optax.clip_by_block_rms(1.0))
+  return optax.chain(optax.scale_by_factored_rms(**_given(decay_rate=o.b2, epsilon=o.eps)),
+                     optax.clip_by_block_rms(1.0))
 
 
 def _lion(o):
@@ -29,9 +31,11 @@ def _sgd(o):
 
 
 def _muon(o):
-  """Muon (Jordan et al. 2024) at Adam's RMS (arXiv:2502.16982) for the blocks' matrices, Adam for the rest."""
+  """Muon (Jordan et al. 2024) at Adam's RMS (arXiv:2502.16982) for the blocks' matrices, Adam for the
+  rest."""
   muon = optax.chain(
-      contrib.scale_by_muon(beta=0.95 if o.momentum is None else o.momentum, weight_dimension_numbers=_matrices),
+      contrib.scale_by_muon(beta=0.95 if o.momentum is None else o.momentum,
+                            weight_dimension_numbers=_matrices),
       scale_by_shape(weight_dimension_numbers=_matrices, consistent_rms=0.2))
   kind = lambda path, param: "adam" if _matrix(path, param) is None else "muon"
   both = {"muon": _replicated(muon), "adam": _adam(o)}
@@ -39,11 +43,13 @@ def _muon(o):
 
 
 def _matrix(path, param) -> contrib.MuonDimensionNumbers | None:
-  """Rows and columns of a parameter of a block; dim 0 is the stack of layers, and heads belong to their side."""
+  """Rows and columns of a parameter of a block; dim 0 is the stack of layers, and heads belong to their
+  side."""
   name, ndim = path_name(path), len(param.shape)
   if not name.startswith("blocks/") or ndim < 3 or name.endswith("bias"):
     return None
-  rows = ndim - 2 if name.endswith("/wo") else 1  # wo is [L, N, H, D]; the others lead with what they sum over.
+  # wo is [L, N, H, D]; the others lead with what they sum over.
+  rows = ndim - 2 if name.endswith("/wo") else 1
   return contrib.MuonDimensionNumbers(tuple(range(1, 1 + rows)), tuple(range(1 + rows, ndim)))
 
 
@@ -52,8 +58,8 @@ def _matrices(tree):
 
 
 def _replicated(tx):
-  """Runs `tx` where XLA places the arrays: orthogonalisation multiplies matrices by their own transpose, which explicit
-  sharding would have us annotate inside optax. What goes in and out keeps its sharding."""
+  """Runs `tx` where XLA places the arrays: orthogonalisation multiplies matrices by their own transpose,
+  which explicit sharding would have us annotate inside optax. What goes in and out keeps its sharding."""
   def update(updates, state, params=None):
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (updates, state))
     return jax.sharding.auto_axes(lambda u, s: tx.update(u, s), out_sharding=specs)(updates, state)
@@ -118,7 +124,8 @@ def match(field, rules, params):
       if re.search(pattern, name):
         used.add(i)
         return value
-    raise ValueError(f"optim.{field}: no pattern of {[p for p, _ in rules]} matches parameter {name}; add ('.*', value)")
+    raise ValueError(f"optim.{field}: no pattern of {[p for p, _ in rules]} matches parameter {name}; "
+                     "add ('.*', value)")
 
   tree = jax.tree_util.tree_map_with_path(one, params)
   if idle := [rules[i][0] for i in range(len(rules)) if i not in used and rules[i][0] != ".*"]:
@@ -130,7 +137,8 @@ def match(field, rules, params):
 def make_optimizer(cfg, params) -> optax.GradientTransformation:
   """clip -> optimizer -> decoupled decay -> per-parameter scale, for the parameters that are not frozen.
 
-  What comes out is the direction: the step subtracts it times the learning rate, which is a function of the step alone.
+  What comes out is the direction: the step subtracts it times the learning rate, which is a function of the
+  step alone.
 
   Args:
     params: a tree of arrays or ShapeDtypeStructs.

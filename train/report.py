@@ -1,4 +1,5 @@
-"""What a finished run shows: its score beside simple models of the same text, a sample, a plot, and the next commands."""
+"""What a finished run shows: its score beside simple models of the same text, a sample, a plot, and the next
+commands."""
 import itertools
 import pathlib
 
@@ -40,11 +41,13 @@ def _scores(cfg, prepared, lines):
   if not evals:
     return ""
   steps = [line for line in lines if "loss" in line]
-  rows = [(f"this model after {evals[-1]['step']} steps, {steps[-1]['tokens']:,} tokens", evals[-1]["eval/val/bpb"])]
+  rows = [(f"this model after {evals[-1]['step']} steps, {steps[-1]['tokens']:,} tokens",
+           evals[-1]["eval/val/bpb"])]
   if cfg.report.baselines:
     held_out = "".join(text for _, _, text in documents(prepared, "val")).encode()
     read = _text_read(cfg, prepared)
-    titles = {"gzip": "gzip -9 of the held-out text", "ngram5": f"order-5 byte n-grams of the {len(read) / 1e6:.1f} MB that the model read"}
+    titles = {"gzip": "gzip -9 of the held-out text",
+              "ngram5": f"order-5 byte n-grams of the {len(read) / 1e6:.1f} MB that the model read"}
     rows += [(titles[name], BASELINE[name](read, held_out)) for name in cfg.report.baselines]
   width = max(len(name) for name, _ in rows)
   table = "\n".join(f"| {name:<{width}} | {bits:.3f} |" for name, bits in rows)
@@ -69,7 +72,8 @@ def _text_read(cfg, prepared) -> bytes:
 def _sample(cfg, workdir, prepared):
   if not cfg.report.prompts:
     return ""
-  mesh = make_mesh(data=jax.device_count()) if cfg.batch_size % jax.device_count() == 0 else make_mesh(fsdp=-1)
+  n = jax.device_count()
+  mesh = make_mesh(data=n) if cfg.batch_size % n == 0 else make_mesh(fsdp=-1)
   _, abstract = abstract_params(cfg.model, mesh)
   params, _, _ = restore_params(workdir, abstract, "params" if cfg.optim.ema is None else "ema")
   generator = Generator(cfg.model, params, mesh, stop_ids=(prepared.tokenizer.eos_id,))

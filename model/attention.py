@@ -2,12 +2,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.kernels.attention import KERNEL, Mask
-from model.layers import NORM, bias, lift, read, weight
+from model.layers import NORM, bias, lift, linear, read, weight
 from model.lookup import lookup
 from model.positions import rope
 
@@ -58,7 +57,7 @@ class GQAttention(nnx.Module):
   def project(self, x_BTD, pos_BT):
     """(q_BTNH, k_BTKH, v_BTKH), turned to their positions."""
     cfg = self.cfg
-    q_BTNH, k_BTKH, v_BTKH = (jnp.einsum("BTD,DNH->BTNH", x_BTD, read(cfg, w)) for w in (self.wq, self.wk, self.wv))
+    q_BTNH, k_BTKH, v_BTKH = (linear(cfg, "BTD,DNH->BTNH", x_BTD, w) for w in (self.wq, self.wk, self.wv))
     if cfg.qkv_bias:
       q_BTNH, k_BTKH, v_BTKH = (x + lift(read(cfg, b), 4) for x, b in
                                 ((q_BTNH, self.q_bias), (k_BTKH, self.k_bias), (v_BTKH, self.v_bias)))
@@ -68,8 +67,8 @@ class GQAttention(nnx.Module):
 
   def output(self, out_BTNH):
     # Contracts a sharded dim: explicit mode makes us say where the sum lives (all-reduce over "tensor").
-    out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, read(self.cfg, self.wo),
-                         out_sharding=self.cfg.rules("batch", None, None))
+    out_BTD = linear(self.cfg, "BTNH,NHD->BTD", out_BTNH, self.wo,
+                     out_sharding=self.cfg.rules("batch", None, None))
     out_BTD = out_BTD + lift(read(self.cfg, self.o_bias), 3) if self.cfg.out_bias else out_BTD
     return checkpoint_name(out_BTD, "attention_out")
 

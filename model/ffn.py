@@ -2,11 +2,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.layers import bias, lift, read, weight
+from model.layers import bias, lift, linear, read, weight
 
 
 class FeedForward(nnx.Module):
@@ -24,14 +23,14 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x_BTD):
     cfg = self.cfg
-    h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, read(cfg, self.w_up))
+    h_BTF = linear(cfg, "BTD,DF->BTF", x_BTD, self.w_up)
     if cfg.ffn_bias:
       h_BTF = h_BTF + lift(read(cfg, self.up_bias), 3)
     if self.gated:
-      h_BTF = self.activation(jnp.einsum("BTD,DF->BTF", x_BTD, read(cfg, self.w_gate))) * h_BTF
+      h_BTF = self.activation(linear(cfg, "BTD,DF->BTF", x_BTD, self.w_gate)) * h_BTF
     else:
       h_BTF = self.activation(h_BTF)
-    y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, read(cfg, self.w_down), out_sharding=cfg.rules("batch", None, None))
+    y_BTD = linear(cfg, "BTF,FD->BTD", h_BTF, self.w_down, out_sharding=cfg.rules("batch", None, None))
     y_BTD = y_BTD + lift(read(cfg, self.down_bias), 3) if cfg.ffn_bias else y_BTD
     return checkpoint_name(y_BTD, "ffn_out"), {}
 

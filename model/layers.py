@@ -36,6 +36,23 @@ def read(cfg, param):
   return jax.sharding.reshard(param[...].astype(cfg.compute_dtype), cfg.rules(*axes))
 
 
+def linear(cfg, equation, x, param, *, out_sharding=None):
+  """einsum(equation, x, read(param)), where x and the result lead with B and T.
+
+  The two go in as one dim. A weight's gradient sums over both, and over two dims XLA:CPU sums only after it
+  has copied the operands transposed, into a slower product.
+  """
+  B, T = x.shape[:2]
+  batch, length, *rest = jax.typeof(x).sharding.spec
+  if length is not None:  # Dims that are both split do not merge.
+    return jnp.einsum(equation, x, read(cfg, param), out_sharding=out_sharding)
+  tokens = x.reshape(B * T, *x.shape[2:], out_sharding=jax.P(batch, *rest))
+  out = None if out_sharding is None else jax.P(out_sharding[0], *out_sharding[2:])
+  y = jnp.einsum(equation.replace("BT", "C"), tokens, read(cfg, param), out_sharding=out)
+  batch, *rest = jax.typeof(y).sharding.spec
+  return y.reshape(B, T, *y.shape[1:], out_sharding=jax.P(batch, None, *rest))
+
+
 def lift(v, ndim):
   """[D] -> [1, ..., 1, D]: broadcasting is written out."""
   return v.reshape((1,) * (ndim - v.ndim) + v.shape)

@@ -4,6 +4,7 @@ Shapes: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head
 (q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap) -> out_BTNH; a name "module:function" in the config adds another.
 """
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,44 +62,81 @@ def chunked(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap):
 
   Blocks that causality or the window hides from all their queries are never computed, which at long T saves half.
   """
-  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  B, T, N, H = q_BTNH.shape
+  q_BKGTH = jnp.einsum("BTKGH->BKGTH", q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H))
+  k_BKSH, v_BKSH = (jnp.einsum("BSKH->BKSH", x) for x in (k_BSKH, v_BSKH))
+  out_BKGTH = _chunked(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask)
+  return jnp.einsum("BKGTH->BTKGH", out_BKGTH).reshape(q_BTNH.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask):
+  return _chunked_forward(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask)[0]
+
+
+def _chunked_forward(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask):
+  out, lse = [], []
+  for rows, key_blocks in _blocks(q_BKGTH.shape[3], k_BKSH.shape[2], mask):
+    top_BKGT, total_BKGT, out_BKGTH = HIDDEN, 0.0, 0.0
+    for keys in key_blocks:
+      logits_BKGTS = _block_logits(scale, cap, q_BKGTH, k_BKSH, mask, rows, keys)
+      new_BKGT = jnp.maximum(top_BKGT, logits_BKGTS.max(-1))
+      weight_BKGTS = jnp.exp(logits_BKGTS - new_BKGT[..., None])
+      shrink_BKGT = jnp.exp(top_BKGT - new_BKGT)
+      value_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weight_BKGTS.astype(v_BKSH.dtype), v_BKSH[:, :, keys],
+                               preferred_element_type=jnp.float32)
+      top_BKGT, total_BKGT = new_BKGT, total_BKGT * shrink_BKGT + weight_BKGTS.sum(-1)
+      out_BKGTH = out_BKGTH * shrink_BKGT[..., None] + value_BKGTH
+    out.append(out_BKGTH / total_BKGT[..., None])
+    lse.append(top_BKGT + jnp.log(total_BKGT))
+  out_BKGTH = jnp.concatenate(out, axis=3).astype(q_BKGTH.dtype)
+  return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, mask, out_BKGTH, jnp.concatenate(lse, axis=3))
+
+
+def _chunked_backward(scale, cap, saved, dout_BKGTH):
+  """The weights of each block again, from the logarithm of each row's normaliser (algorithm 4 of arXiv:2205.14135)."""
+  q_BKGTH, k_BKSH, v_BKSH, mask, out_BKGTH, lse_BKGT = saved
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  delta_BKGT = dot("BKGTH,BKGTH->BKGT", out_BKGTH, dout_BKGTH)
+  dq, dk_BKSH, dv_BKSH = [], jnp.zeros(k_BKSH.shape, jnp.float32), jnp.zeros(v_BKSH.shape, jnp.float32)
+  for rows, key_blocks in _blocks(q_BKGTH.shape[3], k_BKSH.shape[2], mask):
+    dout, q, total = dout_BKGTH[..., rows, :], q_BKGTH[..., rows, :], 0.0
+    for keys in key_blocks:
+      logits_BKGTS = _block_logits(scale, cap, q_BKGTH, k_BKSH, mask, rows, keys)
+      weight_BKGTS = jnp.exp(logits_BKGTS - lse_BKGT[..., rows, None])
+      dweight_BKGTS = dot("BKGTH,BKSH->BKGTS", dout, v_BKSH[:, :, keys])
+      dlogits_BKGTS = weight_BKGTS * (dweight_BKGTS - delta_BKGT[..., rows, None]) * scale
+      if cap is not None:  # Where the weight is 0 the logit may be HIDDEN, and its square infinite.
+        dlogits_BKGTS *= 1 - (jnp.maximum(logits_BKGTS, -cap) / cap) ** 2
+      dlogits_BKGTS = dlogits_BKGTS.astype(q.dtype)
+      dv_BKSH = dv_BKSH.at[:, :, keys].add(dot("BKGTS,BKGTH->BKSH", weight_BKGTS.astype(dout.dtype), dout))
+      dk_BKSH = dk_BKSH.at[:, :, keys].add(dot("BKGTS,BKGTH->BKSH", dlogits_BKGTS, q))
+      total = total + dot("BKGTS,BKSH->BKGTH", dlogits_BKGTS, k_BKSH[:, :, keys])
+    dq.append(total)
+  return (jnp.concatenate(dq, axis=3).astype(q_BKGTH.dtype), dk_BKSH.astype(k_BKSH.dtype),
+          dv_BKSH.astype(v_BKSH.dtype), None)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _blocks(T, S, mask):
+  """(queries, [keys, ...]) of each block of queries: the blocks of keys that may hold one that it sees."""
   size = max(128, -(-T // 16))  # At most 16 blocks of queries: they are unrolled.
-  out = []
+  wide = max(512, size)  # Of keys: a wider block rescales less often.
   for start in range(0, T, size):
-    rows = slice(start, min(start + size, T))
     first, stop = 0, S
     if mask.aligned:
-      stop = rows.stop
+      stop = min(start + size, T)
       first = 0 if mask.window is None else max(0, start + 1 - mask.window) // size * size
-    out.append(_one_block(q_BTNH[:, rows], k_BSKH[:, first:stop], v_BSKH[:, first:stop],
-                          mask.block(rows, slice(first, stop)), size, scale=scale, cap=cap))
-  return jnp.concatenate(out, axis=1)
+    yield slice(start, min(start + size, T)), [slice(s, min(s + wide, stop)) for s in range(first, stop, wide)]
 
 
-def _one_block(q_BTNH, k_BSKH, v_BSKH, mask, size, *, scale, cap):
-  """All blocks of keys for one block of queries, with the running maximum and normaliser of each row."""
-  B, T, N, H = q_BTNH.shape
-  K = k_BSKH.shape[2]
-
-  @jax.checkpoint
-  def add(carry, q_BTNH, k_BSKH, v_BSKH, mask):
-    top_BKGT, total_BKGT, out_BKGTH = carry
-    logits_BKGTS = logits(q_BTNH, k_BSKH, mask, scale=scale, cap=cap)
-    new_BKGT = jnp.maximum(top_BKGT, logits_BKGTS.max(-1))
-    weight_BKGTS = jnp.exp(logits_BKGTS - new_BKGT[..., None])
-    shrink_BKGT = jnp.exp(top_BKGT - new_BKGT)
-    value_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", weight_BKGTS.astype(v_BSKH.dtype), v_BSKH,
-                             preferred_element_type=jnp.float32)
-    return new_BKGT, total_BKGT * shrink_BKGT + weight_BKGTS.sum(-1), out_BKGTH * shrink_BKGT[..., None] + value_BKGTH
-
-  zeros_BKGTH = jnp.zeros((B, K, N // K, T, H), jnp.float32)
-  carry = (jnp.full(zeros_BKGTH.shape[:-1], HIDDEN), jnp.zeros(zeros_BKGTH.shape[:-1]), zeros_BKGTH)
-  for start in range(0, k_BSKH.shape[1], size):
-    keys = slice(start, start + size)
-    carry = add(carry, q_BTNH, k_BSKH[:, keys], v_BSKH[:, keys], mask.block(slice(None), keys))
-  _, total_BKGT, out_BKGTH = carry
-  out_BKGTH = out_BKGTH / total_BKGT[..., None]
-  return jnp.einsum("BKGTH->BTKGH", out_BKGTH).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+def _block_logits(scale, cap, q_BKGTH, k_BKSH, mask, rows, keys):
+  logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH[..., rows, :], k_BKSH[:, :, keys],
+                            preferred_element_type=jnp.float32)
+  visible_BTS = mask.block(rows, keys).visible()
+  return jnp.where(visible_BTS[:, None, None], softcap(logits_BKGTS * scale, cap), HIDDEN)
 
 
 KERNEL = {"plain": plain, "dot_product": dot_product, "chunked": chunked}

@@ -4,6 +4,9 @@ import json
 import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
+
 from data.flags import from_json, nearest
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
@@ -71,6 +74,8 @@ def load_params(run: Run, cfg: ModelConfig, mesh, *, weights: str | None = None,
       raise ValueError(f"--step={step} was not saved; saved: {', '.join(map(str, steps))}")
     path = root / str(step)
   _, abstract = abstract_params(cfg, mesh)
+  if weights == "ema":  # Always kept in float32.
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=a.sharding), abstract)
   params, meta, rejected = restore_params(path, abstract, weights)
   return params, meta["step"], weights, rejected
 

@@ -9,8 +9,7 @@ import jax
 import pytest
 
 from tests.tiny import ROOT
-from train.host import CompileCache, StopSignal, peak_memory
-from train.loop import Stopwatch
+from train.host import CompileCache, StopSignal, Stopwatch, peak_memory
 
 
 class Exit(Exception):

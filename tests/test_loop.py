@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train.evaluate as evaluate
 import train.loop as loop
 from configs.tiny import get_config
 from tests.tiny import ROOT
-from train.host import StopSignal
+from train.host import StopSignal, Stopwatch
+from train.log import TooManySkips
 from train.metrics import read_metrics
 
 STEPS = 12
@@ -40,7 +42,7 @@ def run(cfg, workdir, **kwargs):
   workdir.mkdir(exist_ok=True)
   handlers = {n: signal.getsignal(n) for n in StopSignal.EXIT}
   try:
-    return loop.train(cfg, workdir, stop=StopSignal(), **kwargs)
+    return loop.train(cfg, workdir, loop.prepare_run(cfg, Stopwatch()), stop=StopSignal(), **kwargs)
   finally:
     for number, handler in handlers.items():
       signal.signal(number, handler)
@@ -128,7 +130,7 @@ def test_a_signal_saves_and_loses_no_step(cache, reference, tmp_path, monkeypatc
 
 
 def test_a_signal_during_evaluation_redoes_it_once(cache, reference, tmp_path, monkeypatch):
-  val_batches = loop.val_batches
+  val_batches = evaluate.val_batches
   calls = []
 
   def signalled(*args, **kwargs):
@@ -138,12 +140,35 @@ def test_a_signal_during_evaluation_redoes_it_once(cache, reference, tmp_path, m
       if len(calls) == 3 and n == 0:  # The evaluation at step 8.
         os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(loop, "val_batches", signalled)
+  monkeypatch.setattr(evaluate, "val_batches", signalled)
   assert run(tiny_run(cache), tmp_path) == 143
   assert not any(line["step"] == 8 and "eval/val/loss" in line for line in record(tmp_path))
-  monkeypatch.setattr(loop, "val_batches", val_batches)
+  monkeypatch.setattr(evaluate, "val_batches", val_batches)
   assert run(tiny_run(cache), tmp_path) == 0
   assert record(tmp_path) == reference
+
+
+@pytest.mark.parametrize("at", [0, STEPS])
+def test_a_signal_in_the_first_or_last_evaluation(cache, reference, tmp_path, monkeypatch, at):
+  """Before anything was recorded, and when there is nothing left to train."""
+  val_batches = evaluate.val_batches
+  calls = []
+
+  def signalled(*args, **kwargs):
+    calls.append(0)
+    if len(calls) == (1 if at == 0 else 4):
+      os.kill(os.getpid(), signal.SIGTERM)
+    yield from val_batches(*args, **kwargs)
+
+  monkeypatch.setattr(evaluate, "val_batches", signalled)
+  assert run(tiny_run(cache), tmp_path) == 143
+  monkeypatch.setattr(evaluate, "val_batches", val_batches)
+  assert run(tiny_run(cache, checkpoint__best="eval/val/loss"), tmp_path) == 0
+  assert record(tmp_path) == reference
+  for step in (8, 12):
+    meta = json.loads((tmp_path / "checkpoints" / str(step) / "meta.json").read_text())
+    assert meta["metrics"]["eval/val/loss"] == next(
+        line["eval/val/loss"] for line in reference if line["step"] == step and "eval/val/loss" in line)
 
 
 def test_a_damaged_checkpoint_costs_its_steps_only(cache, reference, tmp_path, capsys):
@@ -182,18 +207,20 @@ def test_a_bad_row_is_skipped_and_named(cache, tmp_path, monkeypatch):
 
 def test_a_run_of_bad_rows_ends_the_run(cache, tmp_path, monkeypatch):
   poison(monkeypatch, {4, 5, 6})
-  with pytest.raises(RuntimeError, match="3 steps skipped in a row, more than optim.max_skips=2"):
+  with pytest.raises(TooManySkips, match="3 steps skipped in a row, more than optim.max_skips=2"):
     run(tiny_run(cache, optim__max_skips=2), tmp_path)
 
 
 def test_other_data_is_refused(cache, tmp_path, monkeypatch):
   cfg = tiny_run(cache)
-  cfg.steps = 4
+  cfg.steps = 5
   assert run(cfg, tmp_path) == 0
   cfg = tiny_run(cache)
   cfg.data.sources[0].documents = 390
-  with pytest.raises(ValueError, match="the data has changed since step 4"):
-    run(cfg, tmp_path)
+  with pytest.raises(loop.Refused, match="data.sources\\[0\\].documents: 400 there, 390 here"):
+    run(cfg, tmp_path, allowed=["steps"])
+  with pytest.raises(loop.Refused, match="the data has changed since step 5"):
+    run(cfg, tmp_path, allowed=["steps", "data"])
 
 
 # Real processes, killed for real.
@@ -257,7 +284,7 @@ def test_sigterm_in_any_phase(tmp_path, phase):
   process = launch(work, tmp_path / ("other" if phase == "data" else "cache"))
   ready = {
     "data": lambda: (tmp_path / "other").exists(),
-    "compile": lambda: (work / "config.json").exists(),
+    "compile": lambda: (work / "tokenizer.model").exists(),
     "step": reached(work, 17),
     "evaluation": reached(work, 20),
     "save": lambda: any((work / "checkpoints").glob("1*.saving")),

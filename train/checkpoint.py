@@ -118,6 +118,15 @@ class Checkpointer:
     self._pending = step, self._pool.submit(self._finish, step, text)
     return True
 
+  def annotate(self, step: int, metrics: dict) -> None:
+    """Gives a checkpoint the metrics of an evaluation that came after it was saved."""
+    path = self.root / str(step)
+    if jax.process_index() == 0 and path.exists():
+      meta = read_meta(path)
+      (path / f"{META}.new").write_text(json.dumps({**meta, "metrics": metrics}, indent=1))
+      (path / f"{META}.new").rename(path / META)
+      write_manifest(path)
+
   def check(self) -> None:
     """Raises CheckpointError if a save has failed since the last call; costs nothing otherwise."""
     if self._pending and self._pending[1].done():

@@ -1,5 +1,6 @@
 """What the process around the training needs: its place among processes, compile cache, signals, memory."""
 import collections
+import contextlib
 import ctypes
 import glob
 import importlib.util
@@ -9,14 +10,21 @@ import platform
 import resource
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+ASK_EVERY_S = 2.0  # How often several processes tell each other whether one was told to stop.
+
 
 def start_distributed() -> None:
-  """Joins the other processes when a launcher or a TPU pod says that there are some; alone otherwise."""
+  """Joins the other processes when a launcher or a TPU pod says that there are some; alone otherwise.
+
+  Call it before StopSignal(): signals are ours, not those of JAX's preemption service.
+  """
+  jax.config.update("jax_enable_preemption_service", False)
   if jax.config.jax_platforms == "cpu" and jax.config.jax_num_cpu_devices > 1:
     # More fake devices than cores: programs in flight side by side can starve each other's collectives for
     # ever.
@@ -31,6 +39,11 @@ def start_distributed() -> None:
 def _on_tpu_host():
   chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
   return bool(chips) and importlib.util.find_spec("libtpu") is not None and jax.config.jax_platforms != "cpu"
+
+
+def is_cpu_host() -> bool:
+  """Whether the devices will be this machine's CPU, as far as can be said without asking JAX for them."""
+  return jax.config.jax_platforms == "cpu" or not (_on_tpu_host() or glob.glob("/dev/nvidia[0-9]*"))
 
 
 def keep_memory() -> None:
@@ -84,6 +97,7 @@ class StopSignal:
 
   def __init__(self):
     self.at_once, self.received = True, None
+    self._ask_at, self._asked = 0, (0, time.perf_counter())  # The next step to ask at; the last, and when.
     for number in self.EXIT:
       signal.signal(number, self._handle)
 
@@ -94,20 +108,54 @@ class StopSignal:
       os._exit(self.EXIT[number])
     self.received = signal.Signals(number)
 
-  def requested(self, step: int) -> bool:
-    """True on all processes at the same step, once any of them was told to stop."""
+  def requested(self, step: int, now: bool = False) -> bool:
+    """True on all processes at the same step, once any of them was told to stop.
+
+    Asking costs a round over the network, so it is done every ASK_EVERY_S by the slowest process's clock.
+    """
     if jax.process_count() == 1:
       return self.received is not None
-    if step % 10:
-      return False  # Asking costs a round over the network.
-    asked = multihost_utils.process_allgather(np.int32(self.received or 0))
-    if asked.any():
-      self.received = signal.Signals(int(asked.max()))
-    return bool(asked.any())
+    if step < self._ask_at and not now:
+      return False
+    since = (time.perf_counter() - self._asked[1]) / max(step - self._asked[0], 1)
+    told = multihost_utils.process_allgather(np.array([self.received or 0, since], np.float32))
+    self._asked = step, time.perf_counter()
+    self._ask_at = step + int(np.clip(ASK_EVERY_S / max(told[:, 1].max(), 1e-3), 1, 100))
+    if told[:, 0].any():
+      self.received = signal.Signals(int(told[:, 0].max()))
+    return self.received is not None
 
   @property
   def exit_code(self) -> int:
     return self.EXIT[self.received]
+
+
+class Stopwatch:
+  """Where the wall time goes: always in exactly one phase, so the phases sum to the whole."""
+
+  def __init__(self):
+    self.seconds, self.phase, self.since = collections.Counter(), "start", time.perf_counter()
+
+  def enter(self, phase):
+    """Ends the phase that runs and begins another; returns the one that ended."""
+    now = time.perf_counter()
+    self.seconds[self.phase] += now - self.since
+    before, self.phase, self.since = self.phase, phase, now
+    return before
+
+  @contextlib.contextmanager
+  def within(self, phase):
+    before = self.enter(phase)
+    try:
+      yield
+    finally:
+      self.enter(before)
+
+  def describe(self) -> str:
+    self.enter(self.phase)
+    total = sum(self.seconds.values())
+    parts = ", ".join(f"{name} {s:.1f} s ({s / total:.0%})" for name, s in self.seconds.most_common())
+    return f"time: {total:.1f} s: {parts}"
 
 
 def peak_memory() -> str:

@@ -67,11 +67,17 @@ def _over_devices(spec, with_grads, x_BTD, head_DV, targets_BT, weights_BT):
 
 
 def _on_device(spec, with_grads, x_btD, head_Dv, targets_bt, weights_bt):
-  b, t, D = x_btD.shape
-  n_chunks = -(-b * t // min(spec.chunk, b * t))
-  while b * t % n_chunks:
-    n_chunks += 1
-  split = lambda a: a.reshape(n_chunks, b * t // n_chunks, *a.shape[2:])
+  b, t, _ = x_btD.shape
+  n_chunks = -(-b * t // spec.chunk)
+  size = -(-b * t // n_chunks)  # The last chunk is filled with tokens of weight 0.
+
+  def split(a):
+    flat = a.reshape(b * t, *a.shape[2:])
+    return jnp.pad(flat, [(0, n_chunks * size - b * t)] + [(0, 0)] * (flat.ndim - 1)).reshape(n_chunks, size, *a.shape[2:])
+
+  def join(a):
+    return a.reshape(n_chunks * size, *a.shape[2:])[:b * t].reshape(b, t, *a.shape[2:])
+
   v = head_Dv.shape[1]
   first = jax.lax.axis_index(spec.vocab_axes) * v if spec.vocab_axes else 0
   ids_v = first + jnp.arange(v)
@@ -104,10 +110,10 @@ def _on_device(spec, with_grads, x_btD, head_Dv, targets_bt, weights_bt):
   zeros_Dv = jnp.zeros(head_Dv.shape, jnp.float32) if with_grads else None
   dhead_Dv, (nll, z, *dx) = jax.lax.scan(one_chunk, zeros_Dv, (split(x_btD), split(targets_bt), split(weights_bt)))
   loss = _reduce(jax.lax.psum, nll.sum() + spec.z_loss * z.sum(), spec.batch_axes)
-  aux = nll.reshape(b, t).sum(1), _reduce(jax.lax.psum, z.sum(), spec.batch_axes)
+  aux = join(nll).sum(1), _reduce(jax.lax.psum, z.sum(), spec.batch_axes)
   if not with_grads:
     return loss, aux
-  dx_btD = _reduce(jax.lax.psum, dx[0].reshape(b, t, D), spec.vocab_axes).astype(x_btD.dtype)
+  dx_btD = _reduce(jax.lax.psum, join(dx[0]), spec.vocab_axes).astype(x_btD.dtype)
   return loss, aux, dx_btD, _reduce(jax.lax.psum, dhead_Dv, spec.batch_axes).astype(head_Dv.dtype)
 
 

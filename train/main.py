@@ -4,11 +4,16 @@ Trains what the config says, or goes on where DIR was left: the same command doe
 2 a mistake in the settings (nothing was touched), 143 stopped by SIGTERM after saving, 1 a failure, named.
 """
 import argparse
+import fcntl
+import hashlib
 import json
+import os
 import pathlib
+import re
+import shlex
 import sys
 
-from data.flags import as_json, config_hash, load
+from data.flags import as_json, leaves, load
 
 EPILOG = """examples:
   python -m train.main --config=configs/quickstart.py                        train; run it again to go on
@@ -47,46 +52,88 @@ def check_resume(cfg, workdir, allowed):
   Raises:
     ValueError: with each setting's old and new value.
   """
+  from model.hub.orbax import find_steps, read_meta
   from train.checkpoint import changed_settings
-  path = workdir / "config.json"
-  if not path.exists() or not (workdir / "checkpoints").exists():
+  steps = find_steps(workdir / "checkpoints") if (workdir / "checkpoints").exists() else []
+  if not steps:
     return
-  old = json.loads(path.read_text())["config"]
+  try:
+    old = read_meta(workdir / "checkpoints" / str(max(steps)))["config"]
+  except (OSError, ValueError, KeyError):
+    return  # A damaged checkpoint: restoring says so, and checks against the one that it uses.
   if changes := changed_settings(old, as_json(cfg), allowed):
-    lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}"
-             for leaf, was, now in changes]
-    raise ValueError("\n".join([f"{workdir} was begun with other settings (or give another --workdir):",
-                                *lines]))
+    lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}" for leaf, was, now in changes]
+    raise ValueError("\n".join([f"{workdir} was begun with other settings (or give another --workdir):", *lines]))
+
+
+def default_workdir(cfg, config_path) -> pathlib.Path:
+  """runs/NAME-HASH, the hash of the settings that change the numbers: the same command finds its run again."""
+  from train.checkpoint import FREE_TO_CHANGE
+  bare = lambda name: re.sub(r"\[\d+\]", "", name)
+  free = lambda name: any(bare(name) == f or bare(name).startswith(f + ".") for f in FREE_TO_CHANGE)
+  text = json.dumps({name: repr(value) for name, value in leaves(cfg).items() if not free(name)}, sort_keys=True)
+  stem = pathlib.Path(config_path.split(":")[0]).stem
+  return pathlib.Path("runs") / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def lock(workdir):
+  """Holds the workdir until the process ends.
+
+  Raises:
+    ValueError: another run holds it.
+  """
+  file = open(workdir / "lock", "a+")  # noqa: SIM115
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    raise ValueError(f"--workdir={workdir} is in use by process {file.read().strip()}") from None
+  file.truncate(0)
+  file.write(str(os.getpid()))
+  file.flush()
+  return file
 
 
 def main(argv=None) -> int:
   cfg, args = parse(argv)
-  name = pathlib.Path(args.config.split(":")[0]).stem
-  workdir = pathlib.Path(args.workdir or f"runs/{name}-{config_hash(cfg).removeprefix('sha256:')[:8]}")
+  from train.host import StopSignal, Stopwatch, is_cpu_host, keep_memory, start_distributed
+  clock = Stopwatch()
+  workdir = pathlib.Path(args.workdir) if args.workdir else default_workdir(cfg, args.config)
   try:
     check_resume(cfg, workdir, args.allow_change)
     workdir.mkdir(parents=True, exist_ok=True)
-  except (ValueError, OSError) as e:
+    if is_cpu_host():
+      keep_memory()
+    start_distributed()
+    stop = StopSignal()
+    import jax
+    holder = lock(workdir) if jax.process_index() == 0 else None
+    from train.loop import Refused, prepare_run, train
+    run = prepare_run(cfg, clock)
+  except (ValueError, PermissionError) as e:
     print(f"train.main: error: {e}", file=sys.stderr)
     return 2
-  from train.host import StopSignal, start_distributed
-  stop = StopSignal()
-  start_distributed()
   from model.hub.orbax import CheckpointError
-  from train.loop import train
+  from train.log import TooManySkips
   from train.report import write_report
+  command = shlex.join(["python", "-m", "train.main", f"--config={args.config}",
+                        *(f"--config.{o}" for o in args.overrides), f"--workdir={workdir}"])
   try:
-    code = train(cfg, workdir, overrides=args.overrides, stop=stop, profile=args.profile)
+    code = train(cfg, workdir, run, overrides=args.overrides, allowed=args.allow_change, stop=stop,
+                 profile=args.profile)
     stop.at_once = True  # All is saved.
     if code == 0:
-      write_report(cfg, workdir, command=f"python -m train.main --config={args.config} --workdir={workdir}")
+      write_report(cfg, workdir, run, command)
     return code
-  except ValueError as e:
+  except Refused as e:
     print(f"train.main: error: {e}", file=sys.stderr)
     return 2
-  except (CheckpointError, RuntimeError, OSError) as e:
+  except (CheckpointError, TooManySkips, OSError) as e:
     print(f"train.main: failed: {type(e).__name__}: {e}", file=sys.stderr)
     return 1
+  finally:
+    if holder is not None:
+      holder.close()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ that the network does can slow a step, stop the run or hold up its exit.
 """
 import argparse
 import collections
+import errno
 import importlib.util
 import json
 import math
@@ -87,7 +88,9 @@ class MetricsWriter:
     if self._file is None:
       self._open()
     line = {"step": int(step), **{k: _plain(v) for k, v in values.items()}}
-    self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+    text = json.dumps(line, allow_nan=False).encode() + b"\n"
+    if self._file.write(text) < len(text):
+      raise OSError(errno.ENOSPC, "only part of a line could be written", str(self.path))
     if self._tensorboard is not None:
       for name, value in values.items():
         if isinstance(_plain(value), int | float):

@@ -54,6 +54,37 @@ def trace(directory, program=None):
     yield
 
 
+class StepTrace:
+  """Traces some steps of a run, from the third on, and writes what took their time beside the trace."""
+
+  def __init__(self, directory, program, step: int, steps: int, n: int):
+    """Args:
+      program: the compiled step.
+      step, steps: where the run stands, and where it ends.
+      n: steps to trace; fewer if the run ends before.
+    """
+    self._directory, self._program = pathlib.Path(directory), program
+    self._last = min(step + 2 + n, steps)
+    self._first = max(min(step + 2, self._last - 1), step)  # The trace begins after this step is done.
+    self._open = contextlib.ExitStack()
+    if step + 1 >= steps:
+      raise ValueError(f"--profile: the run is at step {step} of {steps}: too few are left to trace; give another "
+                       "--workdir or more steps")
+
+  def after(self, step: int, state) -> str | None:
+    """Call it after each step. Returns the table once the last one is traced."""
+    if step == self._first:
+      jax.block_until_ready(state)
+      self._open.enter_context(trace(self._directory, self._program))
+    if step != self._last:
+      return None
+    jax.block_until_ready(state)
+    self._open.close()
+    table = top_operations(self._directory)
+    (self._directory / "top_operations.txt").write_text(table)
+    return f"{table}\nprofile: {self._directory}"
+
+
 def top_operations(directory, limit: int = 30) -> str:
   """The operations that took longest in the newest trace under `directory`, as a text table.
 

@@ -59,8 +59,9 @@ def abstract_state(cfg, mesh):
 def _new_state(cfg, tx, params):
   number = lambda dtype: jnp.zeros((), dtype, out_sharding=jax.P())
   guard = Guard(number(jnp.float32), number(jnp.float32), number(jnp.int32), number(jnp.int32))
-  ema = None if cfg.optim.ema is None else jax.tree.map(lambda p: p.astype(jnp.float32), params)
-  return TrainState(number(jnp.int32), params, tx.init(params), ema, guard)
+  as_float32 = lambda tree: jax.tree.map(lambda p: p.astype(jnp.float32), tree)  # Whatever the parameters are.
+  ema = None if cfg.optim.ema is None else as_float32(params)
+  return TrainState(number(jnp.int32), params, tx.init(as_float32(params)), ema, guard)
 
 
 def make_train_step(cfg, graphdef, params):
@@ -113,43 +114,57 @@ def _accumulate(cfg, graphdef, params, batch, key):
   if k == 1:
     return gradient(batch, key)
 
-  def split(a):
-    rows = a.reshape(a.shape[0] // k, k, *a.shape[1:], out_sharding=cfg.model.rules("batch", None, None))
-    return jnp.swapaxes(rows, 0, 1)
-
   def add(total, micro):
     index, batch = micro
     (loss, aux), grads = gradient(batch, None if key is None else jax.random.fold_in(key, index))
     return jax.tree.map(jnp.add, total, (loss, grads)), aux
 
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32, out_sharding=jax.typeof(p).sharding.spec), params)
-  (loss, grads), aux = jax.lax.scan(add, (jnp.zeros(()), zeros), (jnp.arange(k), jax.tree.map(split, batch)))
+  (loss, grads), aux = jax.lax.scan(add, (jnp.zeros(()), zeros), (jnp.arange(k), _split(cfg, batch)))
   nll_B = aux.pop("nll_B").T.reshape(-1, out_sharding=cfg.model.rules("batch"))
   z = aux.pop("z").sum()
   return (loss, {"nll_B": nll_B, "z": z, **jax.tree.map(lambda a: a.mean(0), aux)}), grads
 
 
 def _watch(optim, guard, loss, grad_norm):
-  """Whether the step counts, the detector after it, and how many standard deviations the loss is above its mean."""
+  """Whether the step counts, the detector after it, and how many standard deviations the loss is above its mean.
+
+  A skipped loss moves the mean and the spread too, by no more than the limit: a single spike stays out, but a lasting
+  rise (another source, say) is accepted after a few steps instead of ending the run.
+  """
   deviation = jnp.maximum(jnp.sqrt(guard.variance), 0.01 * jnp.abs(guard.mean) + 1e-6)
   sigmas = jnp.where(guard.accepted < GUARD_STEPS, 0.0, (loss - guard.mean) / deviation)
-  good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  good, change = finite, loss - guard.mean
   if optim.spike_sigma is not None:
-    good &= sigmas < optim.spike_sigma  # False for NaN too.
+    good &= sigmas < optim.spike_sigma
+    change = jnp.where(guard.accepted < GUARD_STEPS, change, jnp.minimum(change, optim.spike_sigma * deviation))
   decay = jnp.minimum(GUARD_DECAY, guard.accepted / (guard.accepted + 1.0))  # A plain mean at first.
-  change = loss - guard.mean
-  seen = Guard(guard.mean + (1 - decay) * change, decay * (guard.variance + (1 - decay) * change**2),
-               guard.accepted + 1, jnp.zeros_like(guard.skipped))
-  missed = dataclasses.replace(guard, skipped=guard.skipped + 1)
-  return good, jax.tree.map(lambda a, b: jnp.where(good, a, b), seen, missed), sigmas
+  mean = guard.mean + (1 - decay) * change
+  variance = decay * (guard.variance + (1 - decay) * change**2)
+  return good, Guard(jnp.where(finite, mean, guard.mean), jnp.where(finite, variance, guard.variance),
+                     guard.accepted + good, jnp.where(good, 0, guard.skipped + 1)), sigmas
 
 
 def make_eval_step(cfg, graphdef):
-  """(params, batch with bytes_B) -> sums over the batch: nll in nats, tokens, bytes. Never through dropout."""
+  """(params, batch with bytes_B) -> sums over the batch: nll in nats, tokens, bytes. Never through dropout.
+
+  In as many micro-batches as training, so that what trains can be evaluated.
+  """
   spec = loss_spec(cfg.model, cfg.loss_chunk, 0.0)
 
   def eval_step(params, batch):
-    nll, _ = next_token_loss(spec, nnx.merge(graphdef, params), batch)
-    return {"nll": nll, "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
+    rows = {name: a for name, a in batch.items() if name != "bytes"}
+    nll = jax.lax.map(lambda micro: next_token_loss(spec, nnx.merge(graphdef, params), micro)[0], _split(cfg, rows))
+    return {"nll": nll.sum(), "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
 
   return eval_step
+
+
+def _split(cfg, batch):
+  """[B, T] -> [k, B / k, T]: rows i, i + k, i + 2k, ... make a micro-batch, so every device takes part in each."""
+  def one(a):
+    rows = a.reshape(-1, cfg.accum_steps, *a.shape[1:], out_sharding=cfg.model.rules("batch", None, None))
+    return jnp.swapaxes(rows, 0, 1)
+
+  return jax.tree.map(one, batch)

@@ -1,0 +1,102 @@
+"""What is written about each step: metrics, one step late, and the rows of the steps that were skipped."""
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.count import flops_per_token
+from train.metrics import describe_mfu, mfu, peak_flops
+from train.optim import path_name
+
+FIRST = ("loss", "grad_norm", "lr")  # In this order, then the others.
+HIDDEN = ("tokens", "sigmas", "z")
+
+
+class TooManySkips(RuntimeError):
+  """More steps in a row were skipped than optim.max_skips."""
+
+
+class StepLog:
+  """Metrics of a step are read when the next one is under way, so the device never waits for the host.
+
+  Attributes:
+    tokens: trained on so far, over all runs of this workdir.
+  """
+
+  def __init__(self, cfg, workdir, rows, writer, progress, tokens):
+    self.cfg, self.workdir, self.rows, self.writer, self.progress = cfg, workdir, rows, writer, progress
+    self.tokens, self._pending, self._read = tokens, None, time.perf_counter()
+
+  def describe(self, params):
+    """Says what the model costs. Measures the peak of a CPU for a second."""
+    n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+    self._flops_per_token = flops_per_token(self.cfg.model, self.cfg.seq_len, n_params)
+    self._peak, source = peak_flops(jax.devices())
+    self.progress.note(f"model: {n_params / 1e6:.1f}M parameters, {self._flops_per_token / 1e6:.1f} MFLOP a token")
+    self.progress.note(describe_mfu(source))
+    self._read = time.perf_counter()
+
+  def later(self, step, metrics, params, wait_s):
+    """Queues this step's metrics and writes those of the step before.
+
+    Args:
+      params: the newest, to look for what is not finite.
+      wait_s: how long the step waited for its rows.
+    """
+    before, self._pending = self._pending, (step, metrics, wait_s)
+    self._write(before, params)
+
+  def flush(self, params):
+    before, self._pending = self._pending, None
+    self._write(before, params)
+
+  def pause(self, seconds):
+    """Time that was not spent on steps."""
+    self._read += seconds
+
+  def write(self, step, values):
+    self.writer.write(step, values)
+    self.progress.update(step, values)
+
+  def _write(self, queued, params):
+    if queued is None:
+      return
+    step, metrics, wait_s = queued
+    metrics = jax.device_get(metrics)
+    now = time.perf_counter()
+    seconds, self._read = now - self._read, now
+    tokens, skipped = float(metrics["tokens"]), bool(metrics["skipped"])
+    self.tokens += 0 if skipped else int(tokens)
+    others = sorted(k for k, v in metrics.items() if np.ndim(v) == 0 and k not in FIRST + HIDDEN)
+    if step % self.cfg.log.every == 0 or step == self.cfg.steps or skipped:
+      self.write(step, {**{k: float(metrics[k]) for k in (*FIRST, *others)}, "tokens": self.tokens,
+                        "tokens_per_s": tokens / seconds,
+                        "mfu": mfu(tokens / seconds * self._flops_per_token, self._peak),
+                        "data_wait_ms": 1e3 * wait_s, "step_ms": 1e3 * seconds})
+    if skipped:
+      self._explain(step, metrics, params)
+
+  def _explain(self, step, metrics, params):
+    """A skipped step: its rows, the worst first, in a file; too many in a row end the run."""
+    loss_B = np.asarray(metrics["nll_B"]) / np.maximum(metrics["weight_B"], 1)
+    worst = np.argsort(np.where(np.isfinite(loss_B), -loss_B, -np.inf), kind="stable").tolist()
+    rows = [{"slot": slot, "loss": str(loss_B[slot]),
+             "pieces": [piece._asdict() for piece in self.rows.address(step - 1, slot)]} for slot in worst]
+    bad = [path_name(path) for path, a in jax.tree_util.tree_flatten_with_path(params)[0]
+           if not jnp.isfinite(a).all()]
+    numbers = {name: str(metrics[name]) for name in ("loss", "grad_norm", "sigmas")}
+    path = self.workdir / "skipped" / f"{step}.json"
+    if jax.process_index() == 0:
+      path.parent.mkdir(exist_ok=True)
+      path.write_text(json.dumps({"step": step, **numbers, "non_finite_parameters": bad, "rows": rows}, indent=1))
+    self.progress.note(f"WARNING: step {step} skipped: loss {metrics['loss']:.4g}, gradient norm "
+                       f"{metrics['grad_norm']:.4g}, {metrics['sigmas']:.1f} standard deviations above the mean; "
+                       f"its rows are in {path}", style="yellow")
+    if metrics["skipped"] > self.cfg.optim.max_skips:
+      raise TooManySkips(
+          f"{int(metrics['skipped'])} steps skipped in a row, more than optim.max_skips={self.cfg.optim.max_skips}; "
+          f"non-finite parameters: {bad[:3] or 'none'}; rows in {path.parent}. To go on: a lower optim.lr, or "
+          f"optim.spike_sigma={self.cfg.optim.spike_sigma} raised or None, with --allow_change for what you change")

@@ -52,14 +52,16 @@ def test_the_ratio_is_above_one_when_we_are_faster():
 
 
 def test_speed_is_of_the_median_step():
-  speed = bench._speed([1.0, 2.0, 9.0], 100, [50.0, 80.0, 60.0], 40.0)
+  gemms = [{"numpy": 50.0, "xla": 10.0}, {"numpy": 20.0, "xla": 80.0}, {"numpy": 60.0, "xla": 10.0}]
+  speed = bench._speed([1.0, 2.0, 9.0], 100, gemms, 40.0)
   assert (speed["step_ms"], speed["tokens_per_s"], speed["flops_per_s"]) == (2000.0, 50.0, 20)
   assert (speed["fraction_of_gemm_peak"], speed["gemm_median_flops_per_s"]) == (0.25, 60)
+  assert speed["gemm_by_library"] == {"numpy": 60, "xla": 80}  # The peak is the best of all.
 
 
 def test_lines_of_decode_and_data(monkeypatch):
   monkeypatch.setattr("experiments.bench.case.train_config", lambda: train_config(**SMALL))
-  monkeypatch.setattr(bench, "_gemm", lambda: 1e9)
+  monkeypatch.setattr(bench, "_gemm", lambda: {"numpy": 1e9})
   line = bench.decode(argparse.Namespace(rounds=1, batch=[8]))
   assert line["batch"] == 8 and line["tokens_per_s"] > 0 and line["prefill_tokens_per_s"] > 0
   line = bench.data(argparse.Namespace(rounds=10, rows=80))

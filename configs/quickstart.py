@@ -14,6 +14,8 @@ STDLIB = ("{stdlib}/**/*.py,{stdlib}/**/*.txt,{stdlib}/**/*.rst,"
 
 
 def get_config(arg: str = "") -> TrainConfig:
+  if arg:
+    raise ValueError(f"arg={arg!r}: this config takes none; nearest valid: configs/quickstart.py")
   c = TrainConfig(steps=300, batch_size=16, seq_len=256)
   c.data = DataConfig(sources=[SourceConfig(name="python", path=STDLIB)], val_fraction=0.04,
                       tokenizer=TokenizerConfig(vocab_size=4096))

@@ -8,6 +8,8 @@ from train.config import TrainConfig
 
 
 def get_config(arg: str = "") -> TrainConfig:
+  if arg:
+    raise ValueError(f"arg={arg!r}: this config takes none; nearest valid: configs/tiny.py")
   c = TrainConfig(steps=40, batch_size=8, seq_len=64)
   c.data = DataConfig(sources=[SourceConfig(name="synthetic", kind="synthetic", documents=400)],
                       tokenizer=TokenizerConfig(vocab_size=384), val_fraction=0.1)

@@ -1,12 +1,16 @@
 """Typed data configuration: which text, which tokenizer, how rows are cut from it."""
 import dataclasses
+import math
+
+# The keys of data.sources.SOURCE.
+SOURCES = ("text", "jsonl", "parquet", "tfds", "array_record", "synthetic")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class SourceConfig:
   """One named stream of documents."""
   name: str = "text"  # What logs, weights and addresses call it.
-  kind: str = "text"  # A key of data.sources.SOURCE: text jsonl parquet tfds array_record synthetic.
+  kind: str = "text"  # text | jsonl | parquet | tfds | array_record | synthetic.
   # Globs, comma-separated, !GLOB excludes; {stdlib} is Python's library folder; for tfds a name or folder.
   path: str = ""
   text_key: str = "text"  # The field or column that holds the text (jsonl, parquet, tfds).
@@ -38,7 +42,7 @@ class DataConfig:
   prefetch: int = 4  # Batches made ahead of the step.
 
   def validate(self) -> "DataConfig":
-    """Pure arithmetic, no file is touched.
+    """What settings must be together; what each may be is in train.config. No file is touched.
 
     Raises:
       ValueError: with the names, the values and the nearest valid choice.
@@ -48,39 +52,30 @@ class DataConfig:
     names = [s.name for s in self.sources]
     if len(set(names)) < len(names):
       raise ValueError(f"data.sources: names must differ, got {names}")
-    _choice("data.packing", self.packing, ("best_fit", "concat"))
-    _choice("data.tokenizer.kind", self.tokenizer.kind, ("sentencepiece", "huggingface"))
-    _choice("data.tokenizer.model", self.tokenizer.model, ("bpe", "unigram"))
     if self.tokenizer.kind == "huggingface" and self.tokenizer.path is None:
       raise ValueError("data.tokenizer.path=None: a huggingface tokenizer is read from its tokenizer.json")
-    if not 0 <= self.val_fraction < 1:
-      raise ValueError(f"data.val_fraction={self.val_fraction} must be in [0, 1)")
-    if self.temperature <= 0:
-      raise ValueError(f"data.temperature={self.temperature} must be above 0")
     for i, source in enumerate(self.sources):
-      if source.weight is not None and source.weight < 0:
-        raise ValueError(f"data.sources[{i}].weight={source.weight} must not be negative")
       if source.kind != "synthetic" and not source.path:
         raise ValueError(f"data.sources[{i}].path is empty: kind {source.kind!r} needs one")
     if len({s.weight is None for s in self.sources}) > 1:
       raise ValueError("data.sources: give every source a weight or none; "
                        f"got {[s.weight for s in self.sources]}")
+    if sum(s.weight or 0 for s in self.sources) == 0 and self.sources[0].weight is not None:
+      raise ValueError(f"data.sources: weights {[s.weight for s in self.sources]} must not be all 0; "
+                       "nearest valid: None for each")
     self._validate_stages()
     return self
 
   def _validate_stages(self):
-    last = 0
+    last, n = 0, len(self.sources)
+    number = lambda w: type(w) in (int, float) and 0 <= w < math.inf
     for stage in self.weights_from_step:
-      if len(stage) != 2 or len(stage[1]) != len(self.sources):
-        raise ValueError(f"data.weights_from_step: {stage} must be (step, one weight for each of the "
-                         f"{len(self.sources)} sources)")
-      if stage[0] <= last:
-        raise ValueError(f"data.weights_from_step: step {stage[0]} must be above {last}")
-      if min(stage[1]) < 0 or sum(stage[1]) <= 0:
-        raise ValueError(f"data.weights_from_step: weights {stage[1]} must not be negative, nor all 0")
-      last = stage[0]
-
-
-def _choice(field, value, valid):
-  if value not in valid:
-    raise ValueError(f"{field}={value!r} is not one of {list(valid)}")
+      match stage:
+        case (int(step), (*weights,)) if len(weights) == n and all(map(number, weights)) and sum(weights) > 0:
+          if step <= last:
+            raise ValueError(f"data.weights_from_step: step {step} must be above {last}")
+          last = step
+        case _:
+          raise ValueError(f"data.weights_from_step: {stage} must be (step, one weight for each of the {n} "
+                           "sources), no weight below 0 and not all 0, such as "
+                           f"(100, {(1.0,) * n})")

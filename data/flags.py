@@ -91,8 +91,8 @@ def read_config(path: str):
   """
   file, _, arg = path.partition(":")
   if not pathlib.Path(file).is_file():
-    near = difflib.get_close_matches(file, _shipped(), n=1)
-    raise ValueError(f"--config={path}: no such file" + (f"; did you mean {near[0]}?" if near
+    near = nearest(file, _shipped())
+    raise ValueError(f"--config={path}: no such file" + (f"; did you mean {' or '.join(near)}?" if near
                                                          else f"; found: {', '.join(_shipped())}"))
   spec = importlib.util.spec_from_file_location(f"config_file_{pathlib.Path(file).stem}", file)
   if spec is None:
@@ -108,7 +108,7 @@ def read_config(path: str):
     raise ValueError(f"--config={path}{where} raised {type(e).__name__}: {e}") from e
   if not dataclasses.is_dataclass(config) or isinstance(config, type):
     raise ValueError(f"--config={path}: get_config() returned a {type(config).__name__}, not a dataclass")
-  for name, value, type_ in list(_walk(config)):
+  for name, value, type_ in list(walk(config)):
     if (right := _coerce(name, value, type_)) is not value:
       _set(config, name, right)
   return config
@@ -122,7 +122,7 @@ def override(config, overrides: list[str]):
   """
   for text in overrides:
     name, _, value = text.partition("=")
-    known = {k: type_ for k, _, type_ in _walk(config)}
+    known = {k: type_ for k, _, type_ in walk(config)}
     if name not in known:
       raise ValueError(_unknown_key(name, known))
     _set(config, name, _parse(name, value, known[name]))
@@ -131,7 +131,7 @@ def override(config, overrides: list[str]):
 
 def leaves(config) -> dict[str, object]:
   """Dotted name -> value, in the order of declaration; "a.b[0].c" in a list of dataclasses."""
-  return {name: value for name, value, _ in _walk(config)}
+  return {name: value for name, value, _ in walk(config)}
 
 
 def config_hash(config) -> str:
@@ -248,15 +248,15 @@ def _is_sections(value):
   return isinstance(value, list | tuple) and bool(value) and all(map(dataclasses.is_dataclass, value))
 
 
-def _walk(config, prefix=""):
-  """(name, value, type) of each leaf."""
+def walk(config, prefix=""):
+  """(dotted name, value, declared type) of each leaf, in the order of declaration."""
   for field in dataclasses.fields(config):
     name, value = prefix + field.name, getattr(config, field.name)
     if _is_sections(value):
       for i, item in enumerate(value):
-        yield from _walk(item, f"{name}[{i}].")
+        yield from walk(item, f"{name}[{i}].")
     elif dataclasses.is_dataclass(value):
-      yield from _walk(value, name + ".")
+      yield from walk(value, name + ".")
     else:
       yield name, value, field.type
 
@@ -346,37 +346,10 @@ def _unknown_flag(arg, parser, config):
 
 
 def nearest(name: str, known, most: int = 3) -> list[str]:
-  """The names at the smallest edit distance from `name`, at most a quarter of its length or 2."""
-  best, found = max(2, len(name) // 4), []
-  for other in known:
-    d = distance(name, other, best)
-    if d < best:
-      best, found = d, []
-    if d == best:
-      found.append(other)
-  return sorted(found)[:most]
-
-
-def distance(a: str, b: str, limit: float = float("inf")) -> float:
-  """Damerau-Levenshtein (optimal string alignment): insertions, deletions, changes, swaps of neighbours.
-
-  Anything above `limit` may come out as any number above it.
-  """
-  if abs(len(a) - len(b)) > limit:
-    return limit + 1
-  same = len(os.path.commonprefix([a, b]))
-  a, b = a[same:], b[same:]
-  before, last = [], list(range(len(b) + 1))
-  for i, x in enumerate(a, 1):
-    row = [i]
-    for j, y in enumerate(b, 1):
-      row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
-      if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-        row[-1] = min(row[-1], before[j - 2] + 1)
-    if min(row) > limit:  # No later row is smaller.
-      return limit + 1
-    before, last = last, row
-  return last[-1]
+  """The names that are most like `name`: several only where they are equally so; none if none is."""
+  near = difflib.get_close_matches(name, known, n=most)
+  likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in near}
+  return sorted(other for other in near if likeness[other] == likeness[near[0]])
 
 
 # Help.

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import random
+import sys
 import sysconfig
 from typing import NamedTuple
 
@@ -80,10 +81,10 @@ def find_files(cfg: SourceConfig) -> list[str]:
   out again.
 
   Raises:
-    ValueError: a pattern matches no file.
+    ValueError: no file is found. A pattern without a match beside others that have some is a warning.
   """
   stdlib = sysconfig.get_paths()["stdlib"]
-  found = set()
+  found, idle = set(), []
   for pattern in cfg.path.split(","):
     is_stdlib = "{stdlib}" in pattern
     full = pattern.strip().removeprefix("!").replace("{stdlib}", glob.escape(stdlib))
@@ -94,9 +95,12 @@ def find_files(cfg: SourceConfig) -> list[str]:
     if is_stdlib:  # What pip installed is not the library.
       matches = {p for p in matches if "site-packages" not in p and "__pycache__" not in p}
     if not matches:
-      raise ValueError(f"data.sources: {cfg.name}: no file matches {pattern.strip()!r}"
-                       f" (looked in {os.getcwd() if not os.path.isabs(full) else full})")
+      idle.append(pattern.strip())
     found |= matches
+  if not found:
+    raise ValueError(f"data.sources: {cfg.name}: no file matches {cfg.path!r} (looked in {os.getcwd()})")
+  if idle:
+    print(f"WARNING: data.sources: {cfg.name}: no file matches {', '.join(idle)}", file=sys.stderr)
   return sorted(found)
 
 

@@ -3,12 +3,15 @@
   python -m infer.generate --run=runs/quickstart --prompt="def main("
   python -m infer.generate --run=runs/quickstart --prompt="import os" --temperature=0 --max_tokens=40
   python -m infer.generate --run=runs/quickstart --prompts_file=prompts.jsonl --n_samples=4 --out=texts.jsonl
+  python -m infer.generate --run='runs/quickstart-*' --prompt="class "
+  python -m infer.generate --run='runs/quickstart-*' --prompt="class "        the newest that is finished
 
 One text is shown as it is made; several are listed as they end. Tokens a second go to stderr.
 """
 import argparse
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import pathlib
@@ -26,6 +29,15 @@ def main(argv: list[str] | None = None) -> int:
   try:
     args = _parse(parser, argv)
     requests = read_requests(args)
+    args.run = find_run(args.run)
+  except ValueError as e:
+    print(f"{parser.prog}: error: {e}", file=sys.stderr)
+    return 2
+  from jax.errors import JaxRuntimeError  # JAX and its devices, after the cheap mistakes.
+
+  from model.hub.orbax import CheckpointError
+  generator = None
+  try:
     run, generator = _load(args)
     _note_lengths(run, requests)
     with open(args.out, "w") if args.out else contextlib.nullcontext() as out:
@@ -34,9 +46,11 @@ def main(argv: list[str] | None = None) -> int:
       else:
         _list_all(generator, run.tokenizer, requests, args.n_samples, out)
   except ValueError as e:
+    if generator is not None:  # All that the user gave was looked at before: a fault of ours.
+      raise
     print(f"{parser.prog}: error: {e}", file=sys.stderr)
     return 2
-  except (OSError, RuntimeError) as e:  # A full disk, a damaged checkpoint, a device that is out of memory.
+  except (OSError, CheckpointError, JaxRuntimeError) as e:  # Disk, checkpoint, device.
     print(f"{parser.prog}: failed: {type(e).__name__}: {e}", file=sys.stderr)
     return 1
   _print_stats(generator.stats)
@@ -48,7 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   default = Sampling()
   add = parser.add_argument_group("what").add_argument
-  add("--run", required=True, metavar="DIR", help="the run's folder (its --workdir)")
+  add("--run", required=True, metavar="DIR",
+      help="the run's folder (its --workdir), or the newest finished of DIR-*, or of a pattern")
   add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated; may be empty")
   add("--prompts_file", metavar="FILE", help=FILE_HELP)
   add("--n_samples", type=int, default=1, metavar="N", help="texts a prompt, by seeds seed, seed + 1, ...")
@@ -83,7 +98,36 @@ def _parse(parser, argv):
   for name in ("n_samples", "batch_size", "tensor"):
     if getattr(args, name) < 1:
       raise ValueError(f"--{name}={getattr(args, name)} must be at least 1")
+  if args.out and not pathlib.Path(args.out).parent.is_dir():
+    raise ValueError(f"--out={args.out}: there is no folder {pathlib.Path(args.out).parent}")
   return args
+
+
+def find_run(name: str) -> str:
+  """The run's folder that `name` is; else, with a line that says so, the newest finished one that the pattern
+  `name`, or `name`-*, matches; else `name` itself, and `open_run` says what is wrong with it.
+
+  Raises:
+    ValueError: none of the runs that match is finished.
+  """
+  is_run = lambda path: (pathlib.Path(path) / "config.json").is_file()
+  found = [] if is_run(name) else glob.glob(name) or glob.glob(name.rstrip("/") + "-*")
+  runs = [path for path in found if is_run(path)]
+  if not runs:
+    return name
+  from model.hub.orbax import find_steps
+  ages, states = {}, []
+  for path in sorted(map(pathlib.Path, runs)):
+    steps = json.loads((path / "config.json").read_text())["config"]["steps"]
+    last = max(find_steps(path / "checkpoints"), default=0)
+    states.append(f"{path} at step {last} of {steps}")
+    if last >= steps:
+      ages[path] = (path / "checkpoints" / str(last)).stat().st_mtime
+  if not ages:
+    raise ValueError(f"--run={name}: no run is finished; give one of them: {', '.join(states)}")
+  newest = max(ages, key=ages.get)
+  print(f"--run={name}: {newest}, the newest of {len(ages)} finished", file=sys.stderr)
+  return str(newest)
 
 
 def read_requests(args) -> list[tuple[str, Sampling]]:
@@ -105,7 +149,7 @@ def read_requests(args) -> list[tuple[str, Sampling]]:
 
 def _read_file(path, base):
   try:
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # JSON holds other line ends.
   except (OSError, UnicodeDecodeError) as e:
     raise ValueError(f"--prompts_file={path} cannot be read: {e}") from None
   if path.suffix != ".jsonl":
@@ -132,7 +176,7 @@ def _read_json(line, base):
 
 
 def _load(args):
-  from infer.load import load_params, open_run  # JAX and its devices, after the cheap mistakes.
+  from infer.load import load_params, open_run
   run = open_run(args.run)
   import jax
 

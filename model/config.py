@@ -1,6 +1,7 @@
 """Typed model configuration: the only place where an architecture knob is declared."""
 import dataclasses
 
+from model.lookup import check_choice
 from model.sharding import TRAIN, AxisRules
 
 # name -> (parameters, compute). Norms, softmax, router, loss and optimizer are always float32.
@@ -65,16 +66,12 @@ class ModelConfig:
     return tuple(self.window if kind == "local" else None for kind in self.layer_pattern)
 
   def validate(self) -> "ModelConfig":
-    """Resolves what is derived. Pure arithmetic: `check_names` looks the names up.
+    """Resolves what is derived from values in their ranges (train.config has them). Pure arithmetic:
+    `check_names` looks the names up.
 
     Raises:
       ValueError: with the names, the values and the nearest valid choice.
     """
-    for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff",
-                 "window", "unroll"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f"model.{name}={value} must be at least 1")
     if self.n_kv_heads is None:
       self.n_kv_heads = self.n_heads
     if self.n_heads % self.n_kv_heads:
@@ -95,8 +92,6 @@ class ModelConfig:
       self.d_ff = -(-(8 * self.d_model if gated else 12 * self.d_model) // 3 // 128) * 128
     self._validate_layers()
     self._validate_precision()
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"model.dropout={self.dropout} must be in [0, 1)")
     if self.ffn in ("swiglu", "geglu", "gelu", "relu"):
       for name in ("n_experts", "n_experts_per_token"):
         if getattr(self, name) is not None:
@@ -120,13 +115,11 @@ class ModelConfig:
                        f"model.layer_pattern; nearest valid: {low or step}, {low + step}")
 
   def _validate_precision(self):
-    if self.precision not in PRECISION:
-      raise ValueError(f"model.precision={self.precision!r} is not one of {sorted(PRECISION)}")
+    check_choice("model.precision", self.precision, PRECISION)
     param, compute = PRECISION[self.precision]
     self.param_dtype, self.compute_dtype = self.param_dtype or param, self.compute_dtype or compute
     for name in ("param_dtype", "compute_dtype"):
-      if getattr(self, name) not in ("float32", "bfloat16"):
-        raise ValueError(f"model.{name}={getattr(self, name)!r} is not one of float32, bfloat16")
+      check_choice(f"model.{name}", getattr(self, name), ("float32", "bfloat16"))
 
 
 def _nearest_divisors(n, wanted):

@@ -17,6 +17,12 @@ def lookup(table: dict, name: str, field: str = "name"):
       return getattr(importlib.import_module(module), attr)
     except (ModuleNotFoundError, AttributeError) as e:
       raise ValueError(f"{field}={name!r} cannot be imported: {e}") from e
-  near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  raise ValueError(f"{field}={name!r} is not one of {sorted(table)} nor a module:Object path{hint}")
+  check_choice(field, name, table, " nor a module:Object path")
+
+
+def check_choice(field: str, value: str, valid, more: str = "") -> None:
+  """Raises ValueError, with the nearest of them, where `value` is none of the `valid` strings."""
+  if value not in valid:
+    near = difflib.get_close_matches(value, valid, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{field}={value!r} is not one of {sorted(valid)}{more}{hint}")

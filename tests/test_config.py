@@ -6,14 +6,21 @@ import argparse
 import dataclasses
 import math
 import pathlib
+import typing
 
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from configs.tiny import get_config
 from data import flags
-from model.sharding import MESH_AXES
-from train.config import MeshConfig, TrainConfig
+from data.baselines import BASELINE
+from data.config import SOURCES
+from data.sources import SOURCE
+from model.sharding import MESH_AXES, abstract_mesh
+from tests.tiny import trace_step
+from train.config import BASELINES, CHOICES, OPTIMIZER_KNOBS, RANGES, READ_IF, MeshConfig, TrainConfig
+from train.optim import check_optimizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("[!_]*.py"))
@@ -27,7 +34,7 @@ CONTRADICTIONS = [
    ["batch_size=6", "data*fsdp*expert=8", "nearest valid batch_size: 8"]),
   (["batch_size=12", "accum_steps=8"], ["batch_size=12", "accum_steps=8", "nearest valid batch_size: 8, 16"]),
   (["batch_size=8", "accum_steps=2", "mesh.data=8"], ["batch_size=8", "8 times accum_steps=2", ": 16"]),
-  (["batch_size=0"], ["batch_size=0", "at least 1"]),
+  (["batch_size=0"], ["batch_size=0", "[1, inf)", "nearest valid: 1"]),
   (["mesh.data=3"], ["'data': 3", "3 devices", "8"]),
   (["mesh.data=-1"], ["only one axis may be -1"]),
   (["mesh.tensor=0"], ["'tensor': 0", "at least 1"]),
@@ -37,28 +44,75 @@ CONTRADICTIONS = [
   (["model.n_kv_heads=3"], ["model.n_heads=4", "model.n_kv_heads=3", "nearest valid n_kv_heads: 2, 4"]),
   (["model.n_heads=5", "model.n_kv_heads=5"], ["model.d_model=64", "model.n_heads=5", "4, 8"]),
   (["model.head_dim=7"], ["model.head_dim=7", "even", "6, 8"]),
-  (["model.n_layers=0"], ["model.n_layers=0", "at least 1"]),
+  (["model.n_layers=0"], ["model.n_layers=0", "nearest valid: 1"]),
   (["model.n_layers=3", "model.window=8", "model.layer_pattern=('local', 'global')"],
    ["model.n_layers=3", "nearest valid: 2, 4"]),
   (["model.layer_pattern=('local',)"], ["model.window=None", "model.layer_pattern=('local',)"]),
   (["model.layer_pattern=('near',)"], ["model.layer_pattern=('near',)", "'local' and 'global'"]),
-  (["model.precision=fp16"], ["model.precision='fp16'", "'bf16'", "'fp32'"]),
+  (["model.precision=fp16"], ["model.precision='fp16'", "'bf16'", "did you mean"]),
   (["model.dropout=1.0"], ["model.dropout=1.0", "[0, 1)"]),
   (["model.n_experts=4"], ["model.n_experts=4", "model.ffn='swiglu'"]),
   (["optim.warmup_steps=40"], ["optim.warmup_steps=40", "steps=40", "nearest valid: 39"]),
-  (["optim.schedule=cosin"], ["optim.schedule='cosin'", "'cosine'"]),
-  (["optim.name=adam"], ["optim.name='adam'", "'adamw'"]),
+  (["optim.schedule=cosin"], ["optim.schedule='cosin'", "did you mean 'cosine'?"]),
+  (["optim.name=adam"], ["optim.name='adam'", "did you mean 'adamw'?"]),
   (["optim.name=sgd", "optim.b2=0.9"], ["optim.b2=0.9", "optim.name='sgd'", "momentum"]),
   (["optim.lr=-1"], ["optim.lr=-1.0"]),
-  (["optim.grad_clip=0"], ["optim.grad_clip=0.0", "None for off"]),
-  (["eval.every=0"], ["eval.every=0", "at least 1"]),
-  (["log.wandb=yes"], ["log.wandb='yes'", "'offline', 'online'"]),
-  (["data.packing=best"], ["data.packing='best'", "'best_fit'"]),
+  (["optim.grad_clip=0"], ["optim.grad_clip=0.0", "(0, inf)", "nearest valid: None"]),
+  (["eval.every=0"], ["eval.every=0", "nearest valid: 1, None"]),
+  (["log.wandb=yes"], ["log.wandb='yes'", "['offline', 'online']"]),
+  (["data.packing=best"], ["data.packing='best'", "did you mean 'best_fit'?"]),
   (["data.val_fraction=1"], ["data.val_fraction=1.0", "[0, 1)"]),
   (["data.tokenizer.kind=huggingface"], ["data.tokenizer.path=None", "tokenizer.json"]),
   (["data.sources[0].weight=-1"], ["data.sources[0].weight=-1.0"]),
   (["data.weights_from_step=((5, (1.0, 2.0)),)"], ["data.weights_from_step", "1 sources"]),
+  (["data.weights_from_step=((5, 1),)"], ["(5, 1)", "1 sources", "such as (100, (1.0,))"]),
+  (["data.weights_from_step=(('a', (1,)),)"], ["('a', (1,))", "such as (100, (1.0,))"]),
+  (["data.weights_from_step=((5, (float('nan'),)),)"], ["data.weights_from_step"]),
+  (["data.sources[0].weight=0"], ["data.sources: weights [0.0]", "not be all 0"]),
+  (["data.sources[0].kind=sintetic"], ["data.sources[0].kind='sintetic'", "did you mean 'synthetic'?"]),
+  (["data.tokenizer.kind=sentencepeice"], ["did you mean 'sentencepiece'?"]),
+  (["model.vocab_size=300"], ["model.vocab_size=300", "tokenizer.vocab_size=384", "nearest valid: None"]),
+  (["model.rules.heads=('tensr',)"], ["model.rules.heads='tensr'", "did you mean 'tensor'?"]),
+  (["model.rules.batch=('foo',)"], ["model.rules.batch='foo'", "'fsdp'"]),
+  (["optim.decay_scale=(('norm',),)"], ["optim.decay_scale", "('norm',)", "(pattern, number from 0)"]),
+  (["optim.lr_scale=(('.*', 'fast'),)"], ["optim.lr_scale", "('.*', 'fast')"]),
+  (["optim.lr_scale=(('.*', True),)"], ["optim.lr_scale", "('.*', True)"]),
+  (["optim.freeze=(('.*', 1),)"], ["optim.freeze", "('.*', 1)", "True or False"]),
+  (["optim.freeze=(('(', True),)"], ["optim.freeze", "'('", "not a regular expression"]),
+  (["seed=-1"], ["seed=-1", "[0, 4294967296)", "nearest valid: 0"]),
+  (["seed=4294967296"], ["seed=4294967296", "[0, 4294967296)"]),
+  (["optim.lr=nan"], ["optim.lr=nan", "(0, inf)"]),
+  (["report.baselines=('gzip', 'ngram')"], ["report.baselines='ngram'", "did you mean 'ngram5'?"]),
+  (["checkpoint.best=eval/val/los"], ["checkpoint.best='eval/val/los'", "did you mean 'eval/val/loss'?"]),
+  (["checkpoint.best=eval/val/bpb", "checkpoint.every=30"],
+   ["checkpoint.every=30", "eval.every=20", "nearest valid checkpoint.every: 20, 40"]),
 ]
+
+# The same for settings that nothing reads where another one is what it is.
+UNREAD = [
+  ("optim.decay_fraction=0.5", "optim.schedule='cosine'", "'wsd'"),
+  ("optim.final_lr_fraction=0.5 optim.schedule=constant", "optim.schedule='constant'", "'linear'"),
+  ("optim.final_lr_fraction=0.5 optim.schedule=inverse_sqrt", "optim.schedule='inverse_sqrt'", "0.1"),
+  ("optim.decay_scale=(('.*',2.0),) optim.weight_decay=0", "optim.weight_decay=0.0", "set"),
+  ("model.init_std=0.1 model.init=fan_in", "model.init='fan_in'", "nearest valid: 0.02"),
+  ("data.tokenizer.model=unigram data.tokenizer.vocab_size=8192 data.tokenizer.path=x",
+   "data.tokenizer.path='x'", "nearest valid: 'bpe'"),
+  ("data.tokenizer.path=x", "data.tokenizer.vocab_size=384", "nearest valid: 8192"),
+  ("data.tokenizer.train_bytes=9 data.tokenizer.path=x data.tokenizer.vocab_size=8192", "'x'", "10000000"),
+  ("data.temperature=2 data.sources[0].weight=1", "data.sources[0].weight=1.0", "nearest valid: 1.0"),
+  ("data.sources[0].kind=text data.sources[0].path=x", "data.sources[0].documents=400", "'synthetic'"),
+  ("data.sources[0].path=x", "data.sources[0].kind='synthetic'", "nearest valid: ''"),
+  ("data.sources[0].split=test", "data.sources[0].kind='synthetic'", "'tfds'"),
+  ("data.sources[0].text_key=body", "data.sources[0].kind='synthetic'", "'jsonl' or 'parquet' or 'tfds'"),
+  ("data.val_fraction=0", "eval.every=20", "nearest valid: 250"),
+  ("checkpoint.every=None checkpoint.keep_last=3", "checkpoint.every=None", "nearest valid: 2"),
+  ("checkpoint.every=None checkpoint.best=eval/val/loss", "checkpoint.every=None", "nearest valid: None"),
+  ("eval.every=None checkpoint.best=eval/val/loss", "eval.every=None", "nearest valid: None"),
+  ("report.n_tokens=5", "report.prompts=()", "nearest valid: 128"),
+  ("report.temperature=0.1", "report.prompts=()", "nearest valid: 0.7"),
+  ("log.wandb_project=mine", "log.wandb=None", "nearest valid: 'assay'"),
+]
+CONTRADICTIONS += [(overrides.split(), list(fragments)) for overrides, *fragments in UNREAD]
 
 
 def field_names() -> list[str]:
@@ -102,6 +156,54 @@ def test_contradictions_exit_2_with_names_and_values(overrides, fragments, capsy
   message = capsys.readouterr().err
   assert exit_.value.code == 2 and message.count("\n") == 1
   assert all(f in message for f in fragments), message
+
+
+def test_the_tables_of_the_schema_are_those_of_the_code():
+  assert set(SOURCES) == set(SOURCE) and set(BASELINES) == set(BASELINE)
+  fields = set(field_names())
+  ranges = [name for names in RANGES.values() for name in names]
+  assert len(ranges) == len(set(ranges)) and not {*ranges, *CHOICES} - fields
+  assert not {name for setting, other, _ in READ_IF for name in (setting, other)} - fields
+  numeric = {name.replace("[0]", "[]") for name, _, type_ in flags.walk(TrainConfig())
+             if {int, float} & {type_, *typing.get_args(type_)}}
+  assert numeric - set(ranges) == {f"mesh.{axis}" for axis in MESH_AXES}
+
+
+@pytest.mark.parametrize("value", [-1, 0, math.nan, math.inf])
+def test_a_number_is_refused_or_the_step_traces(value):
+  """Whatever number a setting is given."""
+  for name, _, type_ in flags.walk(get_config()):
+    types = {type_, *typing.get_args(type_)}
+    if not {int, float} & types or typing.get_origin(type_) in (tuple, list):
+      continue
+    if float not in types and not math.isfinite(value):
+      continue
+    cfg = flags.override(get_config(), [f"{name}={value}"])
+    try:
+      cfg.validate(n_devices=1)
+      check_optimizer(cfg)
+    except ValueError as e:
+      assert name.rpartition(".")[2] in str(e) and str(value) in str(e), e
+      continue
+    assert math.isfinite(value), name
+    if not name.startswith(("eval", "report", "data", "checkpoint", "log")):
+      trace_step(cfg, abstract_mesh(data=1))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_unknown_preset_is_refused(name):
+  with pytest.raises(ValueError, match="arg='large'"):
+    flags.read_config(f"{ROOT}/configs/{name}.py:large")
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_KNOBS)
+def test_print_config_shows_the_knobs_that_will_be_used(name):
+  cfg = flags.override(get_config(), [f"optim.name={name}"]).validate()
+  resolved = {knob: getattr(cfg.optim, knob) for knob in ("b1", "b2", "eps", "momentum")}
+  assert resolved == {"b1": None, "b2": None, "eps": None, "momentum": None} | OPTIMIZER_KNOBS[name]
+  given = [f"optim.{knob}=0.5" for knob in OPTIMIZER_KNOBS[name]]
+  cfg = flags.override(get_config(), [f"optim.name={name}", *given])
+  assert {getattr(cfg.validate().optim, k) for k in OPTIMIZER_KNOBS[name]} == {0.5}
 
 
 def unresolved(**fields) -> TrainConfig:

@@ -137,14 +137,16 @@ def test_what_is_dropped_is_named(tmp_path):
   assert [d.reason for d in documents(path=f"{tmp_path}/*.txt")] == ["not_utf8", "empty"]
 
 
-def test_globs(tmp_path):
+def test_globs(tmp_path, capsys):
   (tmp_path / "sub" / "sub").mkdir(parents=True)
   for name in ("b.py", "sub/a.py", "sub/sub/c.py", "sub/n.txt"):
     (tmp_path / name).write_text(name)
   found = documents(path=f"{tmp_path}/**/*.py, {tmp_path}/sub/*")
   assert [d.text for d in found] == ["b.py", "sub/a.py", "sub/n.txt", "sub/sub/c.py"]
-  with pytest.raises(ValueError, match=r"text: no file matches '.*\.rs'"):
-    documents(path=f"{tmp_path}/*.py,{tmp_path}/*.rs")
+  assert len(documents(path=f"{tmp_path}/*.py,{tmp_path}/*.rst")) == 1
+  assert f"WARNING: data.sources: text: no file matches {tmp_path}/*.rst" in capsys.readouterr().err
+  with pytest.raises(ValueError, match=r"text: no file matches '.*\.rst, .*\.rs'"):
+    documents(path=f"{tmp_path}/*.rst, {tmp_path}/*.rs")
 
 
 def test_the_standard_library_is_found_without_installed_packages():

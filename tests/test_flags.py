@@ -140,21 +140,6 @@ def test_a_misspelt_key_stops_a_real_command_within_three_seconds(command):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
 
 
-def test_distance_is_that_of_an_independent_definition():
-  def slow(a, b):  # Straight from the recurrence of optimal string alignment.
-    if not a or not b:
-      return len(a) + len(b)
-    best = min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
-    if len(a) > 1 and len(b) > 1 and a[0] == b[1] and a[1] == b[0]:
-      best = min(best, slow(a[2:], b[2:]) + 1)
-    return best
-  rng = random.Random(0)
-  for _ in range(400):
-    a, b = ("".join(rng.choices("abc", k=rng.randrange(5))) for _ in range(2))
-    assert flags.distance(a, b) == slow(a, b), (a, b)
-    assert (flags.distance(a, b, limit=2) <= 2) == (slow(a, b) <= 2), (a, b)
-
-
 def test_values_reach_fields_of_every_type(config_file):
   config, args = load(
     f"--config={config_file}", "--workdir=here", "--config.n=7", "--config.rate", "1e-3", "--config.on=true",

@@ -1,5 +1,6 @@
 """Text in, text out: streaming, stop strings, and the command line on a small run."""
 import json
+import os
 import re
 import shutil
 
@@ -11,7 +12,7 @@ from data.config import TokenizerConfig
 from data.flags import as_json, write_config_json
 from data.tokenizer import Tokenizer, train_tokenizer
 from infer.decode import Generator
-from infer.generate import main
+from infer.generate import find_run, main, make_parser, read_requests
 from infer.load import keep_tokenizer, load_params, open_run
 from infer.sampling import Sampling
 from infer.text import Reader, complete, encode_prompt, stream
@@ -209,6 +210,26 @@ def test_mistakes_exit_2_and_say_what(run_path, capsys, flags, words):
   assert code == 2
   assert "Traceback" not in err
   assert re.search(words, err), err
+
+
+def test_a_pattern_is_the_newest_finished_run(tmp_path, capsys):
+  for name, last in (("a-1", 40), ("a-2", 40), ("a-3", 20), ("b-1", 20)):
+    (tmp_path / name / "checkpoints" / str(last)).mkdir(parents=True)
+    (tmp_path / name / "config.json").write_text('{"config": {"steps": 40}}')
+  os.utime(tmp_path / "a-1" / "checkpoints" / "40", (2e9, 2e9))
+  for pattern in (f"{tmp_path}/a-*", f"{tmp_path}/a"):
+    assert find_run(pattern) == f"{tmp_path}/a-1"
+    assert capsys.readouterr().err == f"--run={pattern}: {tmp_path}/a-1, the newest of 2 finished\n"
+  assert find_run(f"{tmp_path}/a-3") == f"{tmp_path}/a-3" and find_run("nowhere") == "nowhere"
+  with pytest.raises(ValueError, match="no run is finished.*b-1 at step 20 of 40"):
+    find_run(f"{tmp_path}/b*")
+
+
+def test_lines_of_json_end_at_line_feeds_only(tmp_path):
+  path, prompt = tmp_path / "x.jsonl", "one\u2028two\x85three"
+  path.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n", encoding="utf-8")
+  args = make_parser().parse_args(["--run=x", f"--prompts_file={path}"])
+  assert [text for text, _ in read_requests(args)] == [prompt]
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(run_path, tmp_path, capsys):

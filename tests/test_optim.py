@@ -9,12 +9,12 @@ import pytest
 
 from tests.tiny import mesh_of, model_config
 from train.config import OPTIMIZER_KNOBS, SCHEDULES, OptimConfig, TrainConfig
-from train.optim import OPTIMIZER, SCHEDULE, learning_rate, make_optimizer, match, path_name
+from train.optim import OPTIMIZER, SCHEDULE, check_optimizer, learning_rate, make_optimizer, match, path_name
 from train.step import init_state
 
 
 def config(steps=100, **optim):
-  return TrainConfig(steps=steps, optim=OptimConfig(**optim))
+  return TrainConfig(steps=steps, optim=OptimConfig(**optim).validate())
 
 
 def test_tables_are_those_of_the_schema():
@@ -23,7 +23,7 @@ def test_tables_are_those_of_the_schema():
 
 @pytest.mark.parametrize("name", OPTIMIZER)
 def test_every_knob_is_read_and_no_other(name):
-  """A knob that the schema admits changes the update; one that it refuses changes nothing."""
+  """A knob that the schema admits changes the update, and the others are refused."""
   params = {"blocks": {"0": {"w": jnp.ones((2, 4, 4))}}, "norm": jnp.ones((3,))}
 
   def run(**knobs):
@@ -36,8 +36,12 @@ def test_every_knob_is_read_and_no_other(name):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(out)])
   base = run()
   for knob in ("b1", "b2", "eps", "momentum"):
-    value = {"b1": 0.5, "b2": 0.5, "eps": 0.5, "momentum": 0.5}[knob]
-    assert (knob in OPTIMIZER_KNOBS[name]) == (not np.allclose(base, run(**{knob: value}))), knob
+    if knob in OPTIMIZER_KNOBS[name]:
+      assert not np.allclose(base, run(**{knob: 0.5})), knob
+      assert knob == "eps" or not np.allclose(base, run(**{knob: 0.0})), f"{knob}=0 is not the default"
+    else:
+      with pytest.raises(ValueError, match=f"optim.{knob}=0.5 is not read by optim.name='{name}'"):
+        run(**{knob: 0.5})
 
 
 def test_adamw_is_the_papers(seed=0):
@@ -156,6 +160,22 @@ def test_rules_that_miss():
     match("lr_scale", (("c", 1.0), (".*", 1.0)), params)
 
 
+@pytest.mark.parametrize("optim, words", [
+  (dict(name="tests.nowhere:make"), "optim.name='tests.nowhere:make' cannot be imported"),
+  (dict(freeze=(("embd", True), (".*", False))), "patterns \\['embd'\\] decide for no parameter"),
+  (dict(lr_scale=(("embed", 1.0),)), "no pattern of \\['embed'\\] matches parameter"),
+])
+def test_a_check_before_anything_runs(optim, words):
+  from configs.tiny import get_config
+  cfg = get_config()
+  cfg.optim = OptimConfig(warmup_steps=4, **optim)
+  with pytest.raises(ValueError, match=words):
+    check_optimizer(cfg.validate())
+  for cfg.optim.name in OPTIMIZER:
+    cfg.optim = OptimConfig(warmup_steps=4, name=cfg.optim.name)
+    check_optimizer(cfg.validate())
+
+
 def test_freeze_and_lr_scale():
   params = {"a": jnp.ones(3), "b": jnp.ones(3), "c": jnp.ones(3)}
   cfg = config(weight_decay=0.0, grad_clip=None, decay_scale=((".*", 1.0),),
@@ -179,6 +199,7 @@ def test_moments_live_where_their_parameters_do():
   from configs.tiny import get_config
   cfg = get_config()
   cfg.model = model_config()
+  cfg.data.tokenizer.vocab_size = cfg.model.vocab_size
   mesh = mesh_of("fsdp_tensor")
   _, state = init_state(cfg.validate(8), mesh)
   is_adam = lambda s: isinstance(s, optax.ScaleByAdamState)

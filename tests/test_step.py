@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.config import PRECISION
 from model.transformer import REMAT
-from tests.tiny import MESHES, T, mesh_of, model_config, packed_batch, put, trace_step
-from train.config import OptimConfig, TrainConfig
-from train.step import GUARD_STEPS, _accumulate, abstract_state, init_state, make_train_step
+from tests.tiny import MESHES, T, abstract_batch, mesh_of, model_config, packed_batch, put, trace_step
+from train.config import OPTIMIZER_KNOBS, OptimConfig, TrainConfig
+from train.step import GUARD_STEPS, Guard, _accumulate, _watch, abstract_state, init_state, make_train_step
 
 
 def run_config(mesh_name="one", *, model=None, **changes):
   cfg = TrainConfig(steps=100, batch_size=8, seq_len=T, loss_chunk=32, **changes)
   cfg.model, cfg.data.sources[0].kind = model_config(**(model or {})), "synthetic"
+  cfg.data.tokenizer.vocab_size = cfg.model.vocab_size
   cfg.optim = dataclasses.replace(cfg.optim, warmup_steps=2, lr=1e-2) if "optim" not in changes else cfg.optim
   cfg.mesh = dataclasses.replace(cfg.mesh, **({"fsdp": 1} | MESHES[mesh_name]))
   return cfg.validate()
@@ -75,7 +77,7 @@ def test_accumulation_is_the_big_batch(k):
 
 @functools.cache
 def _remat(policy):
-  cfg = run_config(model=dict(remat=policy, n_layers=8))
+  cfg = run_config(model=dict(remat=policy, n_layers=8, d_model=64))
   mesh = mesh_of("one")
   graphdef, state = init_state(cfg, mesh)
   with jax.set_mesh(mesh):
@@ -141,6 +143,43 @@ def test_a_spike_is_skipped_and_ordinary_noise_is_not():
   assert int(metrics["skipped"]) == 1 and float(metrics["sigmas"]) > 8
   assert np.argmax(np.asarray(metrics["nll_B"])) >= 0
   assert all(np.array_equal(a, b) for a, b in zip(leaves(wild), leaves(after)))
+
+
+def test_a_lasting_rise_is_accepted_after_a_few_steps():
+  """Another source begins: the loss rises by 12 standard deviations and stays there."""
+  guard, skipped = Guard(jnp.float32(2.5), jnp.float32(0.02**2), jnp.int32(100), jnp.int32(0)), []
+  for i in range(20):
+    loss = jnp.float32(2.8 + 0.02 * np.cos(i))
+    good, guard, _ = _watch(OptimConfig(), guard, loss, jnp.float32(1.0))
+    skipped.append(not good)
+  assert 0 < sum(skipped) <= OptimConfig().max_skips and not any(skipped[5:])
+
+
+def test_a_single_spike_does_not_open_the_door_to_the_next():
+  guard = Guard(jnp.float32(2.5), jnp.float32(0.02**2), jnp.int32(100), jnp.int32(0))
+  for i in range(30):
+    good, guard, _ = _watch(OptimConfig(), guard, jnp.float32(50.0 if i % 15 == 5 else 2.5), jnp.float32(1.0))
+    assert bool(good) == (i % 15 != 5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZER_KNOBS)
+@pytest.mark.parametrize("precision", PRECISION)
+def test_the_state_keeps_its_types(precision, optimizer):
+  """Whatever the precision and the optimizer, a step gives back the types that it took: it compiles once."""
+  cfg = run_config(model=dict(precision=precision), optim=OptimConfig(name=optimizer, ema=0.9, warmup_steps=2))
+  state, (after, _) = trace_step(cfg, mesh_of("one"))
+  for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+    assert (old.shape, old.dtype) == (new.shape, new.dtype)
+
+
+def test_dropout_masks_are_made_in_shards():
+  """No device draws the mask of the whole batch."""
+  cfg, mesh = run_config("fsdp", model=dict(dropout=0.1, d_model=96)), mesh_of("fsdp")
+  graphdef, state = abstract_state(cfg, mesh)
+  with jax.set_mesh(mesh):
+    step = jax.jit(make_train_step(cfg, graphdef, state.params))
+    text = step.lower(state, abstract_batch(cfg, mesh)).compile().as_text()
+  assert f"[1,{T},96]" in text and f"[8,{T},96]" not in text
 
 
 def test_ema_is_the_written_out_average():

@@ -1,19 +1,88 @@
-"""The run schema. Every knob in the project is a field of one of these dataclasses."""
+"""The run schema. Every knob in the project is a field of one of these dataclasses.
+
+What a setting may be is data: RANGES, CHOICES and READ_IF. What settings must be together is `validate`.
+"""
 import dataclasses
 import math
+import re
 
-from data.config import DataConfig
+from data.config import SOURCES, DataConfig
+from data.flags import leaves, walk
 from model.config import ModelConfig
+from model.lookup import check_choice
+from model.sharding import MESH_AXES, AxisRules, mesh_shape
 
-# Which of b1, b2, eps, momentum each optimizer reads; a test holds it to train.optim.OPTIMIZER.
+# Of b1, b2, eps and momentum, those that each optimizer reads, with its defaults.
 OPTIMIZER_KNOBS = {
-  "adamw": ("b1", "b2", "eps"),
-  "adafactor": ("b2", "eps"),
-  "lion": ("b1", "b2"),
-  "muon": ("b1", "b2", "eps", "momentum"),
-  "sgd": ("momentum",),
+  "adamw": dict(b1=0.9, b2=0.95, eps=1e-8),
+  "adafactor": dict(eps=1e-30),
+  "lion": dict(b1=0.9, b2=0.99),
+  "muon": dict(b1=0.9, b2=0.95, eps=1e-8, momentum=0.95),  # The first three are of its Adam.
+  "sgd": dict(momentum=0.9),
 }
 SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant", "wsd")
+BASELINES = ("gzip", "ngram5")  # The keys of data.baselines.BASELINE.
+
+# Interval -> the settings whose value must lie in it, where it is not None; [] is any number of an entry.
+RANGES = {
+  "[1, inf)": (
+    "steps", "batch_size", "seq_len", "accum_steps", "loss_chunk", "model.vocab_size", "model.n_layers",
+    "model.d_model", "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.d_ff", "model.window",
+    "model.unroll", "model.n_experts", "model.n_experts_per_token", "data.sources[].documents",
+    "data.tokenizer.vocab_size", "data.tokenizer.train_bytes", "data.workers", "data.prefetch",
+    "optim.max_skips", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "eval.every",
+    "eval.rows", "log.every", "log.profile_steps", "report.n_tokens"),
+  "[0, inf)": ("z_loss", "data.sources[].weight", "optim.warmup_steps", "optim.weight_decay",
+               "report.temperature"),
+  "(0, inf)": (
+    "model.attention_softcap", "model.logit_softcap", "model.embed_scale", "model.rope_theta",
+    "model.norm_eps", "model.init_std", "data.sources[].max_epochs", "data.temperature", "optim.lr",
+    "optim.eps", "optim.grad_clip", "optim.spike_sigma"),
+  "[0, 1)": ("model.dropout", "data.val_fraction", "optim.b1", "optim.b2", "optim.momentum", "optim.ema"),
+  "[0, 1]": ("optim.decay_fraction", "optim.final_lr_fraction"),
+  f"[0, {2**32})": ("seed",),
+}
+
+# Setting -> the names that it, or each entry of it, may be.
+CHOICES = {
+  "data.sources[].kind": SOURCES,
+  "data.packing": ("best_fit", "concat"),
+  "data.tokenizer.kind": ("sentencepiece", "huggingface"),
+  "data.tokenizer.model": ("bpe", "unigram"),
+  "optim.schedule": SCHEDULES,
+  "checkpoint.best": ("eval/val/loss", "eval/val/bpb"),
+  "log.wandb": ("offline", "online"),
+  "report.baselines": BASELINES,
+  **{f"model.rules.{field.name}": MESH_AXES for field in dataclasses.fields(AxisRules)},
+}
+
+# (setting, another, the values of that one under which the setting is read); else it must keep its default.
+SET = "set"  # Neither None, 0, False nor empty.
+READ_IF = (
+  ("model.init_std", "model.init", ("normal",)),
+  ("data.sources[].path", "data.sources[].kind", tuple(k for k in SOURCES if k != "synthetic")),
+  ("data.sources[].documents", "data.sources[].kind", ("synthetic",)),
+  ("data.sources[].split", "data.sources[].kind", ("tfds",)),
+  ("data.sources[].text_key", "data.sources[].kind", ("jsonl", "parquet", "tfds")),
+  ("data.temperature", "data.sources[].weight", (None,)),
+  ("data.tokenizer.model", "data.tokenizer.path", (None,)),
+  ("data.tokenizer.vocab_size", "data.tokenizer.path", (None,)),
+  ("data.tokenizer.train_bytes", "data.tokenizer.path", (None,)),
+  ("optim.decay_fraction", "optim.schedule", ("wsd",)),
+  ("optim.final_lr_fraction", "optim.schedule", ("cosine", "linear", "wsd")),
+  ("optim.decay_scale", "optim.weight_decay", SET),
+  ("checkpoint.keep_last", "checkpoint.every", SET),
+  ("checkpoint.keep_every", "checkpoint.every", SET),
+  ("checkpoint.best", "checkpoint.every", SET),
+  ("checkpoint.best", "eval.every", SET),
+  ("checkpoint.best", "data.val_fraction", SET),
+  ("eval.every", "data.val_fraction", SET),
+  ("eval.rows", "data.val_fraction", SET),
+  ("log.wandb_project", "log.wandb", SET),
+  ("report.baselines", "data.val_fraction", SET),
+  ("report.n_tokens", "report.prompts", SET),
+  ("report.temperature", "report.prompts", SET),
+)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -25,7 +94,7 @@ class OptimConfig:
   decay_fraction: float = 0.2  # wsd only: the last share of the steps.
   final_lr_fraction: float = 0.1  # Of lr, at the last step (cosine, linear, wsd).
   weight_decay: float = 0.1  # Decoupled, times the lr.
-  b1: float | None = None  # None: the optimizer's own default, as for the next three.
+  b1: float | None = None  # None: the optimizer's default (OPTIMIZER_KNOBS), as for the next three.
   b2: float | None = None
   eps: float | None = None
   momentum: float | None = None
@@ -38,6 +107,35 @@ class OptimConfig:
   # Skip steps whose loss is this far above its mean; None: only non-finite ones.
   spike_sigma: float | None = 8.0
   max_skips: int = 5  # In a row; one more stops the run.
+
+  def validate(self) -> "OptimConfig":
+    """Resolves b1, b2, eps and momentum. Which parameters the patterns meet, train.optim knows.
+
+    Raises:
+      ValueError: an unknown optimizer, a knob that it does not read, a rule that is no (pattern, value).
+    """
+    if ":" not in self.name:
+      check_choice("optim.name", self.name, OPTIMIZER_KNOBS, " nor a module:function path")
+      knobs = OPTIMIZER_KNOBS[self.name]
+      for knob in ("b1", "b2", "eps", "momentum"):
+        value = getattr(self, knob)
+        if value is None:
+          setattr(self, knob, knobs.get(knob))
+        elif knob not in knobs:
+          raise ValueError(f"optim.{knob}={value} is not read by optim.name={self.name!r}, which reads "
+                           f"{', '.join(knobs)}; nearest valid: None")
+    number = lambda v: type(v) in (int, float) and 0 <= v < math.inf
+    switch = lambda v: isinstance(v, bool)
+    for field, valid, kind in (("decay_scale", number, "number from 0"),
+                               ("lr_scale", number, "number from 0"), ("freeze", switch, "True or False")):
+      for rule in getattr(self, field):
+        if len(rule) != 2 or not isinstance(rule[0], str) or not valid(rule[1]):
+          raise ValueError(f"optim.{field}: {rule} must be (pattern, {kind})")
+        try:
+          re.compile(rule[0])
+        except re.error as e:
+          raise ValueError(f"optim.{field}: {rule[0]!r} is not a regular expression: {e}") from None
+    return self
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -56,7 +154,7 @@ class CheckpointConfig:
   every: int | None = 500  # Steps; the last step is always saved. None: only the last.
   keep_last: int = 2
   keep_every: int | None = None  # Steps whose multiples are never deleted.
-  best: str | None = None  # An evaluation metric such as "eval/val/loss": its lowest is kept too.
+  best: str | None = None  # eval/val/loss | eval/val/bpb: where that was lowest is kept too.
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -111,51 +209,55 @@ class TrainConfig:
     Raises:
       ValueError: with names, values and the nearest valid choice.
     """
-    for name in ("steps", "batch_size", "seq_len", "accum_steps", "loss_chunk"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+    self._validate_each()
     self.data.validate()
-    if self.model.vocab_size is None and self.data.tokenizer.path is None:
-      self.model.vocab_size = self.data.tokenizer.vocab_size
+    self._validate_vocabulary()
     self.model.validate()
-    self._validate_optim()
-    self._validate_periods()
+    self.optim.validate()
+    if self.optim.warmup_steps >= self.steps:
+      raise ValueError(f"optim.warmup_steps={self.optim.warmup_steps} must be below steps={self.steps}; "
+                       f"nearest valid: {self.steps - 1}")
+    self._validate_best()
     self._validate_mesh(n_devices)
     return self
 
-  def _validate_optim(self):
-    optim = self.optim
-    if optim.warmup_steps >= self.steps:
-      raise ValueError(f"optim.warmup_steps={optim.warmup_steps} must be below steps={self.steps}; "
-                       f"nearest valid: {self.steps - 1}")
-    if optim.schedule not in SCHEDULES:
-      raise ValueError(f"optim.schedule={optim.schedule!r} is not one of {sorted(SCHEDULES)}")
-    if optim.name not in OPTIMIZER_KNOBS and ":" not in optim.name:
-      raise ValueError(f"optim.name={optim.name!r} is not one of {sorted(OPTIMIZER_KNOBS)} "
-                       "nor a module:function path")
-    for knob in ("b1", "b2", "eps", "momentum"):
-      if (optim.name in OPTIMIZER_KNOBS and knob not in OPTIMIZER_KNOBS[optim.name]
-          and getattr(optim, knob) is not None):
-        raise ValueError(f"optim.{knob}={getattr(optim, knob)} is not read by optim.name={optim.name!r}, "
-                         f"which reads {list(OPTIMIZER_KNOBS[optim.name])}")
-    for name, low, high in (("lr", 0, math.inf), ("decay_fraction", 0, 1), ("final_lr_fraction", 0, 1),
-                            ("weight_decay", 0, math.inf), ("ema", 0, 1)):
-      value = getattr(optim, name)
-      if value is not None and not low <= value <= high:
-        raise ValueError(f"optim.{name}={value} must be in [{low}, {high}]")
-    for name in ("grad_clip", "spike_sigma"):
-      if (value := getattr(optim, name)) is not None and value <= 0:
-        raise ValueError(f"optim.{name}={value} must be above 0, or None for off")
+  def _validate_each(self):
+    """Each setting by itself, then whether it is read at all."""
+    ranges = {name: interval for interval, names in RANGES.items() for name in names}
+    for name, value, type_ in walk(self):
+      entry = _any_entry(name)
+      if value is not None and entry in ranges:
+        _check_range(name, value, ranges[entry], or_none=type(None) in getattr(type_, "__args__", ()))
+      if value is not None and entry in CHOICES:
+        for one in value if isinstance(value, tuple) else (value,):
+          check_choice(name, one, CHOICES[entry])
+    values, defaults = leaves(self), leaves(TrainConfig())
+    for name, value in values.items():
+      index = (re.search(r"\[\d+\]", name) or ["[0]"])[0]
+      for setting, other, valid in READ_IF:
+        default = defaults[setting.replace("[]", "[0]")] if setting == _any_entry(name) else value
+        there = values[other.replace("[]", index)]
+        if value != default and not (there if valid == SET else there in valid or ":" in str(there)):
+          words = SET if valid == SET else " or ".join(map(repr, valid))
+          raise ValueError(f"{name}={value!r} is not read where {other.replace('[]', index)}={there!r}, only "
+                           f"where that is {words}; nearest valid: {default!r}")
 
-  def _validate_periods(self):
-    for name in ("checkpoint.every", "checkpoint.keep_every", "checkpoint.keep_last", "eval.every",
-                 "eval.rows", "log.every", "log.profile_steps", "optim.max_skips"):
-      section, field = name.split(".")
-      value = getattr(getattr(self, section), field)
-      if value is not None and value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
-    if self.log.wandb not in (None, "offline", "online"):
-      raise ValueError(f"log.wandb={self.log.wandb!r} is not one of 'offline', 'online', None")
+  def _validate_vocabulary(self):
+    tokenizer = self.data.tokenizer
+    if tokenizer.path is not None:
+      return
+    if self.model.vocab_size is None:
+      self.model.vocab_size = tokenizer.vocab_size
+    if self.model.vocab_size != tokenizer.vocab_size:
+      raise ValueError(f"model.vocab_size={self.model.vocab_size} contradicts data.tokenizer.vocab_size="
+                       f"{tokenizer.vocab_size}, which training makes; nearest valid: None, which follows it")
+
+  def _validate_best(self):
+    save, evaluate = self.checkpoint, self.eval
+    if save.best is not None and save.every % evaluate.every:
+      raise ValueError(f"checkpoint.best={save.best!r}: checkpoint.every={save.every} is not a multiple of "
+                       f"eval.every={evaluate.every}, so that what is saved was not evaluated; "
+                       f"{_nearest_multiples('checkpoint.every', save.every, evaluate.every)}")
 
   def _validate_mesh(self, n_devices):
     sizes = dataclasses.asdict(self.mesh)
@@ -167,7 +269,6 @@ class TrainConfig:
       if sizes[axis] != 1:
         raise ValueError(f"mesh.{axis}={sizes[axis]}: no model part is split over it yet; nearest valid: 1")
     if n_devices is not None:
-      from model.sharding import MESH_AXES, mesh_shape
       sizes = dict(zip(MESH_AXES, mesh_shape(sizes, n_devices)))
     vocab_size = self.model.vocab_size and self.model.padded_vocab_size
     for name, value in (("n_heads", self.model.n_heads), ("n_kv_heads", self.model.n_kv_heads),
@@ -193,3 +294,21 @@ class TrainConfig:
 def _nearest_multiples(name, value, step):
   low = value // step * step
   return f"nearest valid {name}: {', '.join(str(v) for v in (low, low + step) if v)}"
+
+
+def _any_entry(name):
+  """data.sources[1].kind -> data.sources[].kind, as the tables have it."""
+  return re.sub(r"\[\d+\]", "[]", name)
+
+
+def _check_range(name, value, interval, or_none):
+  low, high = map(float, interval[1:-1].split(", "))
+  above = low <= value if interval[0] == "[" else low < value
+  below = value <= high if interval[-1] == "]" else value < high
+  if above and below:  # NaN is neither.
+    return
+  near = [f"{low:.0f}"] if interval[0] == "[" and not above else []
+  near += [f"{high:.0f}"] if interval[-1] == "]" and not below else []
+  near += ["None"] if or_none else []
+  raise ValueError(f"{name}={value} must be in {interval}"
+                   + (f"; nearest valid: {', '.join(near)}" if near else ""))

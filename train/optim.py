@@ -10,32 +10,32 @@ from optax import contrib
 from optax.contrib._muon import scale_by_shape
 
 from model.lookup import lookup
+from model.sharding import abstract_mesh
+from model.transformer import abstract_params
 
 
 def _adam(o):
-  return optax.scale_by_adam(**_given(b1=o.b1, b2=o.b2 or 0.95, eps=o.eps))
+  return optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
 
 
 def _adafactor(o):
   """Factored second moments (arXiv:1804.04235) without relative steps: the schedule is the step size."""
-  return optax.chain(optax.scale_by_factored_rms(**_given(decay_rate=o.b2, epsilon=o.eps)),
-                     optax.clip_by_block_rms(1.0))
+  return optax.chain(optax.scale_by_factored_rms(epsilon=o.eps), optax.clip_by_block_rms(1.0))
 
 
 def _lion(o):
-  return optax.scale_by_lion(**_given(b1=o.b1, b2=o.b2))
+  return optax.scale_by_lion(b1=o.b1, b2=o.b2)
 
 
 def _sgd(o):
-  return optax.trace(decay=0.9 if o.momentum is None else o.momentum)
+  return optax.trace(decay=o.momentum)
 
 
 def _muon(o):
   """Muon (Jordan et al. 2024) at Adam's RMS (arXiv:2502.16982) for the blocks' matrices, Adam for the
   rest."""
   muon = optax.chain(
-      contrib.scale_by_muon(beta=0.95 if o.momentum is None else o.momentum,
-                            weight_dimension_numbers=_matrices),
+      contrib.scale_by_muon(beta=o.momentum, weight_dimension_numbers=_matrices),
       scale_by_shape(weight_dimension_numbers=_matrices, consistent_rms=0.2))
   kind = lambda path, param: "adam" if _matrix(path, param) is None else "muon"
   both = {"muon": _replicated(muon), "adam": _adam(o)}
@@ -68,10 +68,6 @@ def _replicated(tx):
 
 
 OPTIMIZER = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "muon": _muon, "sgd": _sgd}
-
-
-def _given(**kwargs):
-  return {k: v for k, v in kwargs.items() if v is not None}
 
 
 def _progress(step, first, last):
@@ -161,6 +157,16 @@ def make_optimizer(cfg, params) -> optax.GradientTransformation:
     return tx
   kinds = jax.tree.map(lambda skip: "frozen" if skip else "trained", frozen)
   return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, kinds)
+
+
+def check_optimizer(cfg) -> None:
+  """The optimizer's name is known and its patterns meet the parameters of cfg.model; for flags.load(checks=).
+
+  Raises:
+    ValueError: as `make_optimizer`. No device is touched.
+  """
+  _, params = abstract_params(cfg.model, abstract_mesh(data=1))
+  jax.eval_shape(make_optimizer(cfg, params).init, params)
 
 
 def _per_parameter(f, values):

@@ -18,7 +18,7 @@ def train_config(**changes) -> TrainConfig:
   model = ModelConfig(**dict(vocab_size=32_000, n_layers=8, d_model=512, n_heads=8, d_ff=1408, precision="fp32",
                              attention_impl="chunked", unroll=8) | changes)
   optim = OptimConfig(schedule="constant", warmup_steps=0, b1=0.9, b2=0.95, eps=1e-8)
-  data = DataConfig(sources=[SourceConfig(name="none", kind="synthetic")],  # Not read: the rows are made here.
+  data = DataConfig(sources=[SourceConfig(name="none", kind="synthetic")],  # Not read: rows are made here.
                     tokenizer=TokenizerConfig(vocab_size=model.vocab_size))
   return TrainConfig(steps=10_000, batch_size=8, seq_len=512, model=model, optim=optim, data=data).validate()
 

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -295,6 +296,55 @@ def test_sigterm_in_any_phase(tmp_path, phase):
   assert process.returncode == 143, output
   finish(work, tmp_path / "cache")
   assert record(work) == record(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(tmp_path):
+  """SIGTERM to one of them: both save, exit with 143, and go on from there."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+
+  def both(*more):
+    for i in range(2):
+      yield subprocess.Popen(
+          command(tmp_path / "run", tmp_path / "cache", "--config.mesh.tensor=2", "--config.checkpoint.every=1000", *more),
+          cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {
+              "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+              "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)})
+
+  steps = "--config.steps=1000"
+  first, second = both(steps)
+  wait_until(first, reached(tmp_path / "run", 12), "step 12")
+  second.send_signal(signal.SIGTERM)
+  outputs = [p.communicate(timeout=120)[0] for p in (first, second)]
+  assert (first.returncode, second.returncode) == (143, 143), outputs
+  stopped = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+  assert stopped == record(tmp_path / "run")[-1]["step"]
+  first, second = both(steps)
+  wait_until(first, reached(tmp_path / "run", stopped + 3), "the steps after")
+  for p in (first, second):
+    p.kill()
+    p.wait()
+  got = [line["step"] for line in record(tmp_path / "run") if "loss" in line]
+  assert got == list(range(1, len(got) + 1))
+
+
+@pytest.mark.slow
+def test_a_workdir_serves_one_run(tmp_path):
+  first = launch(tmp_path / "run", tmp_path / "cache", "--config.steps=100000")
+  wait_until(first, reached(tmp_path / "run", 3), "step 3")
+  second = launch(tmp_path / "run", tmp_path / "cache", "--config.steps=100000")
+  output = second.communicate(timeout=60)[0]
+  first.kill()
+  first.wait()
+  assert second.returncode == 2 and f"is in use by process {first.pid}" in output
+
+
+@pytest.mark.slow
+def test_profile_names_the_lines_of_the_model(tmp_path):
+  output = finish(tmp_path / "run", tmp_path / "cache", "--profile")
+  assert "model/ffn.py" in output and (tmp_path / "run" / "profile" / "top_operations.txt").exists()
 
 
 @pytest.mark.slow

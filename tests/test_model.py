@@ -3,11 +3,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs.tiny import get_config
 from model.config import ModelConfig
 from model.kernels.attention import KERNEL, Mask
-from model.layers import LayerNorm, RMSNorm, dropout
+from model.layers import LayerNorm, RMSNorm, dropout, weight
 from model.positions import rope
 from model.sharding import AxisRules, abstract_mesh, mesh_shape
 from model.transformer import abstract_params, check_names
@@ -86,9 +87,30 @@ def test_kernels_against_one_query_at_a_time(window, cap):
     np.testing.assert_allclose(got, want, atol=2e-5, err_msg=name)
 
 
-def test_chunked_gradient_is_plain_gradient():
+@pytest.mark.parametrize("name", KERNEL)
+@pytest.mark.parametrize("window", [None, 40])
+def test_kernels_keep_documents_apart_to_the_bit(name, window):
+  """Over several blocks of 128: what one document's keys and values are changes nothing for another."""
   q, k, v, pos, segment = attention_inputs()
-  mask = Mask(pos, segment, pos, segment, 50, aligned=True)
+  run = jax.jit(lambda k, v: KERNEL[name](q, k, v, Mask(pos, segment, pos, segment, window, aligned=True), scale=0.25, cap=None))
+  before = np.asarray(run(k, v))
+  for document in (1, 2, 3):
+    inside = segment == document
+    noise = np.where(inside[..., None, None], 100.0, 0.0).astype(np.float32)
+    after = np.asarray(run(k - noise, v + noise))
+    assert np.array_equal(before[~inside], after[~inside]) and not np.array_equal(before[inside], after[inside])
+
+
+def test_initial_weights_have_the_spread_that_is_asked_for():
+  cfg = model_config(d_model=256, init_std=0.05)
+  w = weight(cfg, (256, 512), ("embed", "mlp"), nnx.Rngs(0), fan_in=256)[...]
+  assert float(w.std()) == pytest.approx(0.05, rel=0.01) and float(jnp.abs(w).max()) < 0.05 * 2.3
+
+
+@pytest.mark.parametrize("t, window", [(300, 50), (700, None), (700, 600)])
+def test_chunked_gradient_is_plain_gradient(t, window):
+  q, k, v, pos, segment = attention_inputs(t)
+  mask = Mask(pos, segment, pos, segment, window, aligned=True)
   grads = [jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a, mask, scale=0.25, cap=3.0))),
                             (0, 1, 2)))(q, k, v)
            for f in (KERNEL["plain"], KERNEL["chunked"])]

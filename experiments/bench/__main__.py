@@ -177,6 +177,7 @@ def _gemm():
   """FLOP/s of a float32 product by each library. NumPy's alone would not do: where OpenBLAS does not know the CPU it runs
   AVX2 code, at half of what XLA reaches there."""
   import jax
+
   from train.metrics import measure_gemm
   n, best = 1024, math.inf
   a = jax.device_put(np.ones((n, n), np.float32), jax.devices()[0])

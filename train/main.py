@@ -39,11 +39,13 @@ def _find_names(cfg):
   file."""
   from model.transformer import check_names
   from train.metrics import check_log
+  from train.optim import check_optimizer
   if cfg.model.vocab_size is None:
     from data.tokenizer import load_tokenizer
     cfg.model.vocab_size = load_tokenizer(cfg.data.tokenizer.path, cfg.data.tokenizer.kind).vocab_size
   check_names(cfg.model)
   check_log(cfg)
+  check_optimizer(cfg)
 
 
 def check_resume(cfg, workdir, allowed):

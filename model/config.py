@@ -103,8 +103,8 @@ class ModelConfig:
     if self.layer_pattern is None:
       self.layer_pattern = ("global",) if self.window is None else ("local",)
     self.layer_pattern = tuple(self.layer_pattern)
-    if not self.layer_pattern or set(self.layer_pattern) - {"local", "global"}:
-      raise ValueError(f"model.layer_pattern={self.layer_pattern} must be of 'local' and 'global'")
+    if not self.layer_pattern:
+      raise ValueError("model.layer_pattern=() is of no layer; nearest valid: None")
     if ("local" in self.layer_pattern) != (self.window is not None):
       raise ValueError(f"model.window={self.window} contradicts model.layer_pattern={self.layer_pattern}: "
                        "a window is what 'local' layers see")

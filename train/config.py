@@ -45,6 +45,7 @@ RANGES = {
 
 # Setting -> the names that it, or each entry of it, may be.
 CHOICES = {
+  "model.layer_pattern": ("local", "global"),
   "data.sources[].kind": SOURCES,
   "data.packing": ("best_fit", "concat"),
   "data.tokenizer.kind": ("sentencepiece", "huggingface"),
@@ -218,6 +219,7 @@ class TrainConfig:
       raise ValueError(f"optim.warmup_steps={self.optim.warmup_steps} must be below steps={self.steps}; "
                        f"nearest valid: {self.steps - 1}")
     self._validate_best()
+    self._validate_rules()
     self._validate_mesh(n_devices)
     return self
 
@@ -258,6 +260,19 @@ class TrainConfig:
       raise ValueError(f"checkpoint.best={save.best!r}: checkpoint.every={save.every} is not a multiple of "
                        f"eval.every={evaluate.every}, so that what is saved was not evaluated; "
                        f"{_nearest_multiples('checkpoint.every', save.every, evaluate.every)}")
+
+  def _validate_rules(self):
+    """Dims of one array are split over different axes: those of a weight, and those of an activation."""
+    rules = self.model.rules
+    for one, others in (("embed", ("vocab", "heads", "kv_heads", "mlp")),
+                        ("batch", ("length", "vocab", "heads", "kv_heads", "mlp"))):
+      axes = getattr(rules, one)
+      if len(set(axes)) < len(axes):
+        raise ValueError(f"model.rules.{one}={axes} names an axis twice")
+      for other in others:
+        if both := set(axes) & set(getattr(rules, other)):
+          raise ValueError(f"model.rules.{one}={axes} and model.rules.{other}={getattr(rules, other)} are of "
+                           f"one array's dims, and both name {', '.join(sorted(both))}")
 
   def _validate_mesh(self, n_devices):
     sizes = dataclasses.asdict(self.mesh)

@@ -61,7 +61,7 @@ def test_speed_is_of_the_median_step():
 
 def test_lines_of_decode_and_data(monkeypatch):
   monkeypatch.setattr("experiments.bench.case.train_config", lambda: train_config(**SMALL))
-  monkeypatch.setattr(bench, "_gemm", lambda: {"numpy": 1e9})
+  monkeypatch.setattr(bench, "measure_gemm", lambda *_: {"numpy": 1e9})
   line = bench.decode(argparse.Namespace(rounds=1, batch=[8]))
   assert line["batch"] == 8 and line["tokens_per_s"] > 0 and line["prefill_tokens_per_s"] > 0
   line = bench.data(argparse.Namespace(rounds=10, rows=80))

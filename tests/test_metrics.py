@@ -337,4 +337,4 @@ def test_mfu_says_its_convention_and_its_peak():
 def test_the_cpu_peak_is_one_machine_whatever_the_number_of_devices():
   peak, source = metrics.peak_flops(jax.devices("cpu"))
   assert 1e8 < peak < 1e14 and source.startswith("1 x CPU at")
-  assert metrics.measure_gemm(0.05, 256) > 1e6
+  assert min(metrics.measure_gemm(0.05, 256).values()) > 1e6

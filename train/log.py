@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.count import flops_per_token
-from train.metrics import describe_mfu, mfu, peak_flops
+from train.metrics import describe_mfu, mfu
 from train.optim import path_name
 
 FIRST = ("loss", "grad_norm", "lr")  # In this order, then the others.
@@ -30,11 +30,11 @@ class StepLog:
     self.cfg, self.workdir, self.rows, self.writer, self.progress = cfg, workdir, rows, writer, progress
     self.tokens, self._pending, self._read = tokens, None, time.perf_counter()
 
-  def describe(self, params):
-    """Says what the model costs. Measures the peak of a CPU for a second."""
+  def describe(self, params, peak, source):
+    """Says what the model costs, and against which peak (train.metrics.peak_flops) its use is counted."""
     n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
     self._flops_per_token = flops_per_token(self.cfg.model, self.cfg.seq_len, n_params)
-    self._peak, source = peak_flops(jax.devices())
+    self._peak = peak
     self.progress.note(f"model: {n_params / 1e6:.1f}M parameters, {self._flops_per_token / 1e6:.1f} MFLOP a token")
     self.progress.note(describe_mfu(source))
     self._read = time.perf_counter()

@@ -21,7 +21,7 @@ from train.evaluate import Evaluation
 from train.feed import Feed
 from train.host import CompileCache, StopSignal, Stopwatch, peak_memory
 from train.log import StepLog
-from train.metrics import MetricsWriter, Progress
+from train.metrics import MetricsWriter, Progress, peak_flops
 from train.profile import StepTrace
 from train.step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -38,6 +38,7 @@ class Run(typing.NamedTuple):
   progress: Progress
   cache: CompileCache
   clock: Stopwatch
+  peak: tuple[float | None, str]  # FLOP/s of all devices, and where the number is from.
 
 
 def prepare_run(cfg, clock: Stopwatch) -> Run:
@@ -53,7 +54,7 @@ def prepare_run(cfg, clock: Stopwatch) -> Run:
   with clock.within("preparing data"):
     prepared = _prepare(cfg, progress.note)
   rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed, steps=cfg.steps)
-  return Run(mesh, prepared, rows, progress, cache, clock)
+  return Run(mesh, prepared, rows, progress, cache, clock, peak_flops(jax.devices()))
 
 
 def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal, profile: bool = False) -> int:
@@ -68,7 +69,7 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
   Raises:
     Refused, train.log.TooManySkips, model.hub.orbax.CheckpointError, OSError: by name. Others are bugs.
   """
-  workdir, (mesh, prepared, rows, progress, cache, clock) = pathlib.Path(workdir), run
+  workdir, (mesh, prepared, rows, progress, cache, clock, peak) = pathlib.Path(workdir), run
   feed = Feed(cfg, mesh)
   evaluation = Evaluation(cfg, prepared, feed, clock)
   meta = {"config": as_json(cfg), "data": prepared.content_hash, "git": git_state(),
@@ -89,7 +90,7 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
       state = init_state(cfg, mesh)[1]
     step = int(state.step)
     log = StepLog(cfg, workdir, rows, writer, progress, tokens)
-    log.describe(state.params)
+    log.describe(state.params, *peak)
 
     def save():
       with clock.within("saving"):

@@ -10,7 +10,6 @@ XLA, and its median), measured between the steps. Absolute figures of different 
 """
 import argparse
 import json
-import math
 import os
 import pathlib
 import resource
@@ -21,6 +20,8 @@ import tempfile
 import time
 
 import numpy as np
+
+from train.metrics import measure_gemm
 
 WARM_UP = 2  # Steps before the first that counts.
 
@@ -49,7 +50,7 @@ def train(args):
         theirs.append(answer["seconds"])
       if i == 0:
         first = numbers, answer if rival is not None else None
-      gemms.append(_gemm())
+      gemms.append(measure_gemm(0.2, 1024))
     tokens = cfg.batch_size * cfg.seq_len
     line |= _speed(ours[WARM_UP:], tokens, gemms, tokens * flops_per_token(cfg.model, cfg.seq_len, n_params))
     line |= {"first_loss": first[0]["loss"], "first_grad_norm": first[0]["grad_norm"]}
@@ -117,7 +118,7 @@ def decode(args):
   with jax.set_mesh(mesh):
     params = init_params(cfg, mesh, jax.random.key(0))[1]
   n_params, prompt, n_tokens = sum(a.size for a in jax.tree.leaves(params)), 512, 32
-  line, gemms, runs = {"bench": "decode", "parameters": n_params, "prompt_tokens": prompt}, [_gemm()], []
+  line, gemms, runs = {"bench": "decode", "parameters": n_params, "prompt_tokens": prompt}, [measure_gemm(0.2, 1024)], []
   for batch in args.batch:
     generator = Generator(cfg, params, mesh)
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, prompt)).tolist()
@@ -129,7 +130,7 @@ def decode(args):
       if i >= WARM_UP:
         seconds.append(generator.stats.decode_s / n_tokens)
         prefill.append(batch * prompt / generator.stats.prefill_s)
-      gemms.append(_gemm())
+      gemms.append(measure_gemm(0.2, 1024))
     forward = flops_per_token(cfg, prompt + n_tokens, n_params) / 3
     n_bytes = decode_bytes_per_token(cfg, n_params, batch, prompt + n_tokens // 2)
     speed = _speed(seconds, batch, gemms, batch * forward)
@@ -171,21 +172,6 @@ def _speed(seconds, tokens, gemms, flops):
   return {"tokens_per_s": round(tokens / step_s, 1), "step_ms": round(1e3 * step_s, 1), "steps": len(seconds),
           "flops_per_s": round(flops / step_s), "gemm_flops_per_s": peak, "gemm_median_flops_per_s": round(typical),
           "gemm_by_library": best, "fraction_of_gemm_peak": round(flops / step_s / peak, 3)}
-
-
-def _gemm():
-  """FLOP/s of a float32 product by each library. NumPy's alone would not do: where OpenBLAS does not know the CPU it runs
-  AVX2 code, at half of what XLA reaches there."""
-  import jax
-
-  from train.metrics import measure_gemm
-  n, best = 1024, math.inf
-  a = jax.device_put(np.ones((n, n), np.float32), jax.devices()[0])
-  for _ in range(10):
-    start = time.perf_counter()
-    jax.block_until_ready(jax.numpy.matmul(a, a))
-    best = min(best, time.perf_counter() - start)
-  return {"numpy": measure_gemm(0.1), "xla": 2 * n**3 / best}
 
 
 def main(argv=None):

@@ -75,7 +75,8 @@ def load_params(run: Run, cfg: ModelConfig, mesh, *, weights: str | None = None,
     path = root / str(step)
   _, abstract = abstract_params(cfg, mesh)
   if weights == "ema":  # Always kept in float32.
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=a.sharding), abstract)
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=a.sharding), abstract)
   params, meta, rejected = restore_params(path, abstract, weights)
   return params, meta["step"], weights, rejected
 

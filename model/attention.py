@@ -12,7 +12,8 @@ from model.positions import rope
 
 
 def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None):
-  """The configured kernel on each device's own rows and heads, after the cache has taken the new keys and values.
+  """The configured kernel on each device's own rows and heads, after the cache has taken the new keys and
+  values.
 
   Returns:
     (out_BTNH, cache).
@@ -29,14 +30,16 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None):
     return kernel(q_BTNH, k_BSKH, v_BSKH, mask), cache
 
   rules = cfg.rules
-  bt, q, kv = rules("batch", None), rules("batch", None, "heads", None), rules("batch", None, "kv_heads", None)
+  bt, q, kv = (
+      rules("batch", None), rules("batch", None, "heads", None), rules("batch", None, "kv_heads", None))
   caches = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, cache)
   return jax.shard_map(local, in_specs=(q, kv, kv, bt, bt, caches), out_specs=(q, caches), check_vma=False)(
       q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache)
 
 
 class GQAttention(nnx.Module):
-  """Grouped-query attention (arXiv:2305.13245) with rotary positions; n_kv_heads = n_heads is MHA, 1 is MQA."""
+  """Grouped-query attention (arXiv:2305.13245) with rotary positions; n_kv_heads = n_heads is MHA, 1 is
+  MQA."""
 
   def __init__(self, cfg, window, *, rngs):
     D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim

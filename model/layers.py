@@ -95,7 +95,8 @@ def dropout(x, rate, key):
   """Zeroes a share `rate` of x and scales the rest; key None is evaluation."""
   if key is None or rate == 0.0:
     return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding)  # Each device its own.
+  # Each device its own.
+  keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding)
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 

@@ -19,14 +19,16 @@ def small_config(**changes):
   return cfg
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the yardstick needs torch: pip install torch==2.13.0")
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None,
+                    reason="the yardstick needs torch: pip install torch==2.13.0")
 def test_pytorch_and_we_take_the_same_steps():
   from experiments.bench.torch_eager import make_step
   cfg = small_config(init_std=0.2)  # Weights so large that attention is far from even, and positions matter.
   step, params, _ = compile_step(cfg, mesh_of("one"))
   optim = cfg.optim
-  settings = dict(rope_theta=cfg.model.rope_theta, norm_eps=cfg.model.norm_eps, lr=optim.lr, b1=optim.b1, b2=optim.b2,
-                  eps=optim.eps, weight_decay=optim.weight_decay, grad_clip=optim.grad_clip)
+  settings = dict(rope_theta=cfg.model.rope_theta, norm_eps=cfg.model.norm_eps,
+                  lr=optim.lr, b1=optim.b1, b2=optim.b2, eps=optim.eps,
+                  weight_decay=optim.weight_decay, grad_clip=optim.grad_clip)
   theirs = make_step({**make_rows(cfg), **settings, **{f"params/{name}": a for name, a in params.items()}})
   for _ in range(3):
     a, b = step(), theirs()
@@ -37,7 +39,8 @@ def test_the_case_is_the_one_that_was_agreed():
   cfg = train_config()
   m = cfg.model
   assert (m.d_model, m.n_layers, m.n_heads, m.head_dim, m.n_kv_heads, m.d_ff) == (512, 8, 8, 64, 8, 1408)
-  assert (m.vocab_size, m.head, m.ffn, m.compute_dtype, m.remat) == (32_000, "untied", "swiglu", "float32", "none")
+  assert (m.vocab_size, m.head, m.ffn, m.compute_dtype, m.remat) == (
+      32_000, "untied", "swiglu", "float32", "none")
   assert (cfg.batch_size, cfg.seq_len, cfg.accum_steps, cfg.optim.name) == (8, 512, 1, "adamw")
 
 

@@ -308,9 +308,11 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
   def both(*more):
     for i in range(2):
       yield subprocess.Popen(
-          command(tmp_path / "run", tmp_path / "cache", "--config.mesh.tensor=2", "--config.checkpoint.every=1000", *more),
+          command(tmp_path / "run", tmp_path / "cache", "--config.mesh.tensor=2",
+                  "--config.checkpoint.every=1000", *more),
           cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {
-              "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+              "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
+              "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
               "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)})
 
   steps = "--config.steps=1000"

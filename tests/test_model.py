@@ -92,13 +92,15 @@ def test_kernels_against_one_query_at_a_time(window, cap):
 def test_kernels_keep_documents_apart_to_the_bit(name, window):
   """Over several blocks of 128: what one document's keys and values are changes nothing for another."""
   q, k, v, pos, segment = attention_inputs()
-  run = jax.jit(lambda k, v: KERNEL[name](q, k, v, Mask(pos, segment, pos, segment, window, aligned=True), scale=0.25, cap=None))
+  run = jax.jit(lambda k, v: KERNEL[name](
+      q, k, v, Mask(pos, segment, pos, segment, window, aligned=True), scale=0.25, cap=None))
   before = np.asarray(run(k, v))
   for document in (1, 2, 3):
     inside = segment == document
     noise = np.where(inside[..., None, None], 100.0, 0.0).astype(np.float32)
     after = np.asarray(run(k - noise, v + noise))
-    assert np.array_equal(before[~inside], after[~inside]) and not np.array_equal(before[inside], after[inside])
+    assert (np.array_equal(before[~inside], after[~inside])
+            and not np.array_equal(before[inside], after[inside]))
 
 
 def test_initial_weights_have_the_spread_that_is_asked_for():

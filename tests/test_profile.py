@@ -33,7 +33,8 @@ def test_the_largest_product_leads_and_is_named_by_its_einsum(directory):
 
 def test_the_table_adds_up(directory):
   rows, table = read_operations(directory), top_operations(directory, limit=2)
-  assert table.splitlines()[0] == f"{sum(r.ms for r in rows):.1f} ms in {sum(r.count for r in rows)} operations"
+  assert table.splitlines()[0] == (
+      f"{sum(r.ms for r in rows):.1f} ms in {sum(r.count for r in rows)} operations")
   assert table.count("ij,jk->ik") == 1 and table.splitlines()[-1].endswith(f"{len(rows) - 2} more")
 
 

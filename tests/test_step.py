@@ -166,7 +166,8 @@ def test_a_single_spike_does_not_open_the_door_to_the_next():
 @pytest.mark.parametrize("precision", PRECISION)
 def test_the_state_keeps_its_types(precision, optimizer):
   """Whatever the precision and the optimizer, a step gives back the types that it took: it compiles once."""
-  cfg = run_config(model=dict(precision=precision), optim=OptimConfig(name=optimizer, ema=0.9, warmup_steps=2))
+  cfg = run_config(model=dict(precision=precision),
+                   optim=OptimConfig(name=optimizer, ema=0.9, warmup_steps=2))
   state, (after, _) = trace_step(cfg, mesh_of("one"))
   for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
     assert (old.shape, old.dtype) == (new.shape, new.dtype)

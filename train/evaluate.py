@@ -28,8 +28,10 @@ class Evaluation:
     return self.rows is not None and (step in (0, self.cfg.steps) or every is not None and step % every == 0)
 
   def is_pending(self, step: int, path) -> bool:
-    """Whether the run was stopped before it could finish the evaluation of this step. Process 0 reads, all agree."""
-    done = any(line["step"] == step and "eval/val/loss" in line for line in read_metrics(path)) if path.exists() else False
+    """Whether the run was stopped before it could finish the evaluation of this step. Process 0 reads, all
+    agree."""
+    done = (any(line["step"] == step and "eval/val/loss" in line for line in read_metrics(path))
+            if path.exists() else False)
     if jax.process_count() > 1:
       done = bool(multihost_utils.broadcast_one_to_all(np.bool_(done)))
     return self.is_due(step) and not done
@@ -39,7 +41,8 @@ class Evaluation:
     return self._last[1] if self._last[0] == step else {}
 
   def __call__(self, step, state, step_fn, write, stop) -> bool:
-    """Evaluates and writes the metrics. False: a signal to stop cut it short, and the resumed run does it again."""
+    """Evaluates and writes the metrics. False: a signal to stop cut it short, and the resumed run does it
+    again."""
     start, total = time.perf_counter(), collections.Counter()
     params = state.params if state.ema is None else state.ema
     with self.clock.within("evaluation"):

@@ -15,7 +15,8 @@ class Feed:
 
   def __init__(self, cfg, mesh):
     rules, B = cfg.model.rules, cfg.batch_size
-    self._by_row, self._by_token = (jax.NamedSharding(mesh, rules(*axes)) for axes in (("batch",), ("batch", None)))
+    self._by_row, self._by_token = (
+        jax.NamedSharding(mesh, rules(*axes)) for axes in (("batch",), ("batch", None)))
     self.n_rows, self.wait_s = B, 0.0
     held = self._by_row.addressable_devices_indices_map((B,)).values()
     self.slots = sorted({slot for rows, in held for slot in range(*rows.indices(B))})

@@ -103,8 +103,10 @@ class StopSignal:
 
   def _handle(self, number, frame):
     if self.at_once or self.received == signal.SIGINT:
-      # Not an exception: it could surface inside a library's callback, and be taken for a failure of the library.
-      print(f"stopped by {signal.Signals(number).name}; the same command starts again", file=sys.stderr, flush=True)
+      # Not an exception: it could surface inside a library's callback, and be taken for a failure of the
+      # library.
+      print(f"stopped by {signal.Signals(number).name}; the same command starts again",
+            file=sys.stderr, flush=True)
       os._exit(self.EXIT[number])
     self.received = signal.Signals(number)
 

@@ -35,7 +35,8 @@ class StepLog:
     n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
     self._flops_per_token = flops_per_token(self.cfg.model, self.cfg.seq_len, n_params)
     self._peak = peak
-    self.progress.note(f"model: {n_params / 1e6:.1f}M parameters, {self._flops_per_token / 1e6:.1f} MFLOP a token")
+    self.progress.note(f"model: {n_params / 1e6:.1f}M parameters, "
+                       f"{self._flops_per_token / 1e6:.1f} MFLOP a token")
     self.progress.note(describe_mfu(source))
     self._read = time.perf_counter()
 
@@ -91,12 +92,15 @@ class StepLog:
     path = self.workdir / "skipped" / f"{step}.json"
     if jax.process_index() == 0:
       path.parent.mkdir(exist_ok=True)
-      path.write_text(json.dumps({"step": step, **numbers, "non_finite_parameters": bad, "rows": rows}, indent=1))
+      path.write_text(json.dumps(
+          {"step": step, **numbers, "non_finite_parameters": bad, "rows": rows}, indent=1))
     self.progress.note(f"WARNING: step {step} skipped: loss {metrics['loss']:.4g}, gradient norm "
-                       f"{metrics['grad_norm']:.4g}, {metrics['sigmas']:.1f} standard deviations above the mean; "
-                       f"its rows are in {path}", style="yellow")
+                       f"{metrics['grad_norm']:.4g}, {metrics['sigmas']:.1f} standard deviations above the "
+                       f"mean; its rows are in {path}", style="yellow")
     if metrics["skipped"] > self.cfg.optim.max_skips:
       raise TooManySkips(
-          f"{int(metrics['skipped'])} steps skipped in a row, more than optim.max_skips={self.cfg.optim.max_skips}; "
-          f"non-finite parameters: {bad[:3] or 'none'}; rows in {path.parent}. To go on: a lower optim.lr, or "
-          f"optim.spike_sigma={self.cfg.optim.spike_sigma} raised or None, with --allow_change for what you change")
+          f"{int(metrics['skipped'])} steps skipped in a row, more than "
+          f"optim.max_skips={self.cfg.optim.max_skips}; non-finite parameters: {bad[:3] or 'none'}; "
+          f"rows in {path.parent}. To go on: a lower optim.lr, or "
+          f"optim.spike_sigma={self.cfg.optim.spike_sigma} raised or None, "
+          "with --allow_change for what you change")

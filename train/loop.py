@@ -53,11 +53,13 @@ def prepare_run(cfg, clock: Stopwatch) -> Run:
   mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
   with clock.within("preparing data"):
     prepared = _prepare(cfg, progress.note)
-  rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed, steps=cfg.steps)
+  rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed,
+              steps=cfg.steps)
   return Run(mesh, prepared, rows, progress, cache, clock, peak_flops(jax.devices()))
 
 
-def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal, profile: bool = False) -> int:
+def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
+          profile: bool = False) -> int:
   """Trains, or goes on training, in `workdir`.
 
   Args:
@@ -75,7 +77,8 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
   meta = {"config": as_json(cfg), "data": prepared.content_hash, "git": git_state(),
           "versions": versions(["jax", "flax", "orbax-checkpoint"])}
   checkpoints = Checkpointer(workdir / "checkpoints", cfg.checkpoint)
-  with jax.set_mesh(mesh), MetricsWriter(workdir, cfg.log, primary=jax.process_index() == 0) as writer, progress, \
+  with jax.set_mesh(mesh), \
+      MetricsWriter(workdir, cfg.log, primary=jax.process_index() == 0) as writer, progress, \
       contextlib.ExitStack() as at_exit:
     at_exit.callback(checkpoints.wait)  # A save that is under way is finished whatever happens here.
     graphdef, abstract = abstract_state(cfg, mesh)
@@ -103,7 +106,8 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
       return done
 
     complete = True  # Whether the last evaluation that was due is done.
-    if evaluation.is_pending(step, writer.path):  # New, or the signal that stopped the last run came in its middle.
+    # New, or the signal that stopped the last run came in its middle.
+    if evaluation.is_pending(step, writer.path):
       complete = evaluate()
       if not fresh and complete:
         checkpoints.annotate(step, evaluation.at(step))
@@ -113,7 +117,8 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
 
     batches = feed.batches(make_batches(
         rows, start_step=step, slots=feed.slots, prefetch=cfg.data.prefetch), clock)
-    trace = StepTrace(workdir / "profile", step_fn, step, cfg.steps, cfg.log.profile_steps) if profile else None
+    trace = (StepTrace(workdir / "profile", step_fn, step, cfg.steps, cfg.log.profile_steps)
+             if profile else None)
     clock.enter("training")
     while step < cfg.steps and not stop.requested(step):
       checkpoints.check()
@@ -156,7 +161,8 @@ def _prepare(cfg, note):
   if jax.process_index() != 0:
     prepared = prepare(cfg.data, log=lambda *_: None)
   if (found := prepared.tokenizer.vocab_size) != cfg.model.vocab_size:
-    raise ValueError(f"model.vocab_size={cfg.model.vocab_size} but the tokenizer has {found}: set it to {found} or None")
+    raise ValueError(f"model.vocab_size={cfg.model.vocab_size} but the tokenizer has {found}: "
+                     f"set it to {found} or None")
   return prepared
 
 
@@ -168,9 +174,10 @@ def _restore(checkpoints, abstract, meta, allowed, writer, progress):
   """
   def check(saved):
     if changes := changed_settings(saved["config"], meta["config"], list(allowed)):
-      lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}" for leaf, was, now in changes]
-      raise Refused("\n".join([f"{checkpoints.root.parent} was begun with other settings (or give another --workdir):",
-                               *lines]))
+      lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}"
+               for leaf, was, now in changes]
+      raise Refused("\n".join([
+          f"{checkpoints.root.parent} was begun with other settings (or give another --workdir):", *lines]))
     if saved["data"] != meta["data"]:
       raise Refused(f"the data has changed since step {saved['step']}: content {saved['data'][:12]} then, "
                     f"{meta['data'][:12]} now; its rows would not be the same. Give another --workdir")
@@ -195,7 +202,8 @@ def _compile(cfg, graphdef, abstract, feed, cache, progress):
   train_step = jax.jit(make_train_step(cfg, graphdef, abstract.params), donate_argnums=0)
   step_fn = train_step.lower(abstract, feed.abstract).compile()
   eval_step = jax.jit(make_eval_step(cfg, graphdef))
-  eval_fn = eval_step.lower(abstract.ema or abstract.params, feed.abstract | {"bytes": feed.abstract_bytes}).compile()
+  eval_fn = eval_step.lower(
+      abstract.ema or abstract.params, feed.abstract | {"bytes": feed.abstract_bytes}).compile()
   memory = step_fn.memory_analysis()
   total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30
   progress.note(f"compile: {time.perf_counter() - start:.1f} s, {cache.describe()}")
@@ -206,6 +214,6 @@ def _compile(cfg, graphdef, abstract, feed, cache, progress):
 def _describe_dtypes(cfg, abstract):
   kinds = lambda tree: "+".join(sorted({str(a.dtype) for a in jax.tree.leaves(tree)
                                         if jnp.issubdtype(a.dtype, jnp.floating)}))
-  return (f"precision {cfg.model.precision}: parameters {kinds(abstract.params)}, compute and gradients of matrices "
-          f"{cfg.model.compute_dtype}, their sum over micro-batches float32, optimizer "
+  return (f"precision {cfg.model.precision}: parameters {kinds(abstract.params)}, compute and gradients of "
+          f"matrices {cfg.model.compute_dtype}, their sum over micro-batches float32, optimizer "
           f"{kinds(abstract.opt_state) or 'none'}, norms, rotary angles, softmax, logits and loss float32")

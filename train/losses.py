@@ -26,16 +26,17 @@ def loss_spec(cfg, chunk: int, z_loss: float) -> LossSpec:
 def cross_entropy(spec, x_BTD, head_DV, targets_BT, weights_BT):
   """Sums, not means: the caller divides by the tokens of all micro-batches and all devices.
 
-  Chunks of tokens go through the head one after the other. Under `jax.grad` each chunk's gradient is taken while its
-  logits are at hand, so nothing is computed twice (the trick of Liger Kernel, arXiv:2410.10989).
+  Chunks of tokens go through the head one after the other. Under `jax.grad` each chunk's gradient is taken
+  while its logits are at hand, so nothing is computed twice (the trick of Liger Kernel, arXiv:2410.10989).
 
   Args:
-    x_BTD, head_DV: in the compute dtype; logits and sums are float32. The head may be split over the vocabulary.
+    x_BTD, head_DV: in the compute dtype; logits and sums are float32. The head may be split over the
+      vocabulary.
     weights_BT: float32, 0 where there is nothing to predict.
 
   Returns:
-    (loss, (nll_B, z)): the weighted sum of nll + z_loss * logsumexp^2 over all tokens; and, for the eye only, the nll
-    of each row and the sum of logsumexp^2.
+    (loss, (nll_B, z)): the weighted sum of nll + z_loss * logsumexp^2 over all tokens; and, for the eye only,
+    the nll of each row and the sum of logsumexp^2.
   """
   return _over_devices(spec, False, x_BTD, head_DV, targets_BT, weights_BT)[:2]
 
@@ -55,8 +56,8 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_devices(spec, with_grads, x_BTD, head_DV, targets_BT, weights_BT):
-  """Runs `_on_device` on each device's tokens and slice of the vocabulary. The collectives are in there, by hand: one
-  all-reduce of the head's gradient a call, not one a chunk."""
+  """Runs `_on_device` on each device's tokens and slice of the vocabulary. The collectives are in there, by
+  hand: one all-reduce of the head's gradient a call, not one a chunk."""
   vocab = spec.vocab_axes or None
   bt, btd = jax.P(spec.batch_axes or None, None), jax.P(spec.batch_axes or None, None, None)
   b, dv = jax.P(spec.batch_axes or None), jax.P(None, vocab)
@@ -73,7 +74,8 @@ def _on_device(spec, with_grads, x_btD, head_Dv, targets_bt, weights_bt):
 
   def split(a):
     flat = a.reshape(b * t, *a.shape[2:])
-    return jnp.pad(flat, [(0, n_chunks * size - b * t)] + [(0, 0)] * (flat.ndim - 1)).reshape(n_chunks, size, *a.shape[2:])
+    return jnp.pad(flat, [(0, n_chunks * size - b * t)] + [(0, 0)] * (flat.ndim - 1)).reshape(
+        n_chunks, size, *a.shape[2:])
 
   def join(a):
     return a.reshape(n_chunks * size, *a.shape[2:])[:b * t].reshape(b, t, *a.shape[2:])
@@ -108,7 +110,8 @@ def _on_device(spec, with_grads, x_btD, head_Dv, targets_bt, weights_bt):
     return dhead_Dv, (nll_c, z_c, dx_cD)
 
   zeros_Dv = jnp.zeros(head_Dv.shape, jnp.float32) if with_grads else None
-  dhead_Dv, (nll, z, *dx) = jax.lax.scan(one_chunk, zeros_Dv, (split(x_btD), split(targets_bt), split(weights_bt)))
+  dhead_Dv, (nll, z, *dx) = jax.lax.scan(
+      one_chunk, zeros_Dv, (split(x_btD), split(targets_bt), split(weights_bt)))
   loss = _reduce(jax.lax.psum, nll.sum() + spec.z_loss * z.sum(), spec.batch_axes)
   aux = join(nll).sum(1), _reduce(jax.lax.psum, z.sum(), spec.batch_axes)
   if not with_grads:

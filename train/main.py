@@ -64,16 +64,20 @@ def check_resume(cfg, workdir, allowed):
   except (OSError, ValueError, KeyError):
     return  # A damaged checkpoint: restoring says so, and checks against the one that it uses.
   if changes := changed_settings(old, as_json(cfg), allowed):
-    lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}" for leaf, was, now in changes]
-    raise ValueError("\n".join([f"{workdir} was begun with other settings (or give another --workdir):", *lines]))
+    lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}"
+             for leaf, was, now in changes]
+    raise ValueError("\n".join([
+        f"{workdir} was begun with other settings (or give another --workdir):", *lines]))
 
 
 def default_workdir(cfg, config_path) -> pathlib.Path:
-  """runs/NAME-HASH, the hash of the settings that change the numbers: the same command finds its run again."""
+  """runs/NAME-HASH, the hash of the settings that change the numbers: the same command finds its run
+  again."""
   from train.checkpoint import FREE_TO_CHANGE
   bare = lambda name: re.sub(r"\[\d+\]", "", name)
   free = lambda name: any(bare(name) == f or bare(name).startswith(f + ".") for f in FREE_TO_CHANGE)
-  text = json.dumps({name: repr(value) for name, value in leaves(cfg).items() if not free(name)}, sort_keys=True)
+  text = json.dumps({name: repr(value) for name, value in leaves(cfg).items() if not free(name)},
+                    sort_keys=True)
   stem = pathlib.Path(config_path.split(":")[0]).stem
   return pathlib.Path("runs") / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -313,7 +313,8 @@ def peak_flops(devices) -> tuple[float | None, str]:
   if devices[0].platform == "cpu":
     hosts = len({d.process_index for d in devices})
     peak = max(measure_gemm().values())
-    return hosts * peak, f"{hosts} x CPU at {peak / 1e9:.0f} GFLOP/s (float32 GEMM, the better of NumPy's and XLA's, measured)"
+    return hosts * peak, (f"{hosts} x CPU at {peak / 1e9:.0f} GFLOP/s "
+                          "(float32 GEMM, the better of NumPy's and XLA's, measured)")
   peak = device_peak(kind)
   if peak is None:
     return None, f"n/a (unknown peak for {kind!r}: add it to train.metrics.PEAK_FLOPS)"
@@ -328,10 +329,11 @@ def device_peak(kind: str) -> float | None:
 
 
 def measure_gemm(seconds: float = 1.0, n: int = 1536) -> dict[str, float]:
-  """FLOP/s of the fastest float32 product of n by n matrices in `seconds`, all cores, by NumPy's BLAS and by XLA.
+  """FLOP/s of the fastest float32 product of n by n matrices in `seconds`, all cores, by NumPy's BLAS and by
+  XLA.
 
-  The peak is the better one: where OpenBLAS does not know the CPU it reaches half of what XLA does, and elsewhere it
-  is ahead.
+  The peak is the better one: where OpenBLAS does not know the CPU it reaches half of what XLA does, and
+  elsewhere it is ahead.
   """
   import jax
   import numpy as np

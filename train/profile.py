@@ -68,8 +68,8 @@ class StepTrace:
     self._first = max(min(step + 2, self._last - 1), step)  # The trace begins after this step is done.
     self._open = contextlib.ExitStack()
     if step + 1 >= steps:
-      raise ValueError(f"--profile: the run is at step {step} of {steps}: too few are left to trace; give another "
-                       "--workdir or more steps")
+      raise ValueError(f"--profile: the run is at step {step} of {steps}: too few are left to trace; "
+                       "give another --workdir or more steps")
 
   def after(self, step: int, state) -> str | None:
     """Call it after each step. Returns the table once the last one is traced."""
@@ -88,8 +88,8 @@ class StepTrace:
 def top_operations(directory, limit: int = 30) -> str:
   """The operations that took longest in the newest trace under `directory`, as a text table.
 
-  A time is from an operation's start to its end, summed over its runs and over the devices traced; operations that
-  overlap count fully, so the shares are of the sum, not of the clock.
+  A time is from an operation's start to its end, summed over its runs and over the devices traced; operations
+  that overlap count fully, so the shares are of the sum, not of the clock.
 
   Raises:
     ValueError: no trace there, or one without operations.
@@ -99,13 +99,15 @@ def top_operations(directory, limit: int = 30) -> str:
   by_kind = collections.Counter()
   for row in rows:
     by_kind[row.kind] += row.ms
-  lines = [f"{total:.1f} ms in {sum(r.count for r in rows)} operations", "", f"{'kind':<16}{'ms':>12}{'share':>8}"]
+  lines = [f"{total:.1f} ms in {sum(r.count for r in rows)} operations", "",
+           f"{'kind':<16}{'ms':>12}{'share':>8}"]
   lines += [f"{kind:<16}{ms:>12.1f}{ms / total:>8.1%}" for kind, ms in by_kind.most_common()]
   lines += ["", f"{'ms':>10}{'share':>8}{'count':>8}  {'kind':<16}source"]
   lines += [f"{r.ms:>10.1f}{r.ms / total:>8.1%}{r.count:>8}  {r.kind:<16}{r.source}" for r in rows[:limit]]
   if rows[limit:]:
     rest = sum(r.ms for r in rows[limit:])
-    lines.append(f"{rest:>10.1f}{rest / total:>8.1%}{sum(r.count for r in rows[limit:]):>8}  {len(rows) - limit} more")
+    lines.append(f"{rest:>10.1f}{rest / total:>8.1%}{sum(r.count for r in rows[limit:]):>8}  "
+                 f"{len(rows) - limit} more")
   return "\n".join(lines) + "\n"
 
 
@@ -193,11 +195,13 @@ def _kind(name, hlo):
 
 
 def _readable(op_name):
-  """jit(train_step)/transpose(jvp())/while/body/closed_call/BTD,DF->BTF/dot_general -> backward BTD,DF->BTF."""
+  """jit(train_step)/transpose(jvp())/while/body/closed_call/BTD,DF->BTF/dot_general
+  -> backward BTD,DF->BTF."""
   if not op_name:
     return ""
   backward = "transpose(jvp" in op_name
-  parts = [p for p in op_name.split("/") if p not in ("while", "body", "closed_call", "checkpoint", "rematted_computation")
+  parts = [p for p in op_name.split("/")
+           if p not in ("while", "body", "closed_call", "checkpoint", "rematted_computation")
            and not re.fullmatch(r"(jit\(\w*\)|transpose\(jvp\(\w*\)\)|jvp\(\w*\)|vmap\(\w*\))", p)]
   text = "/".join(parts).removesuffix("/dot_general") or "loop"
   return f"backward {text}" if backward else text

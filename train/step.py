@@ -17,7 +17,8 @@ GUARD_STEPS = 30  # Accepted steps before a spike can be told from the fall of t
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Guard:
-  """What the spike detector remembers. Part of the checkpoint, so a resumed run skips what it would have skipped."""
+  """What the spike detector remembers. Part of the checkpoint, so a resumed run skips what it would have
+  skipped."""
   mean: jax.Array  # Of the loss.
   variance: jax.Array
   accepted: jax.Array  # Steps so far.
@@ -59,7 +60,8 @@ def abstract_state(cfg, mesh):
 def _new_state(cfg, tx, params):
   number = lambda dtype: jnp.zeros((), dtype, out_sharding=jax.P())
   guard = Guard(number(jnp.float32), number(jnp.float32), number(jnp.int32), number(jnp.int32))
-  as_float32 = lambda tree: jax.tree.map(lambda p: p.astype(jnp.float32), tree)  # Whatever the parameters are.
+  # Whatever the parameters are.
+  as_float32 = lambda tree: jax.tree.map(lambda p: p.astype(jnp.float32), tree)
   ema = None if cfg.optim.ema is None else as_float32(params)
   return TrainState(number(jnp.int32), params, tx.init(as_float32(params)), ema, guard)
 
@@ -70,7 +72,8 @@ def make_train_step(cfg, graphdef, params):
   Args:
     params: arrays or ShapeDtypeStructs, for the optimizer's rules.
 
-  Metrics are float32 scalars, but nll_B and weight_B: the loss of each row, from which a skipped step is explained.
+  Metrics are float32 scalars, but nll_B and weight_B: the loss of each row, from which a skipped step is
+  explained.
   """
   tx, schedule = make_optimizer(cfg, params), learning_rate(cfg)
 
@@ -88,7 +91,8 @@ def make_train_step(cfg, graphdef, params):
     params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), state.params, updates)
     ema = state.ema
     if ema is not None:
-      ema = jax.tree.map(lambda e, p: e * cfg.optim.ema + (1 - cfg.optim.ema) * p.astype(e.dtype), ema, params)
+      ema = jax.tree.map(
+          lambda e, p: e * cfg.optim.ema + (1 - cfg.optim.ema) * p.astype(e.dtype), ema, params)
     new = (params, opt_state, ema)
     old = (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
@@ -102,7 +106,8 @@ def make_train_step(cfg, graphdef, params):
 
 
 def _accumulate(cfg, graphdef, params, batch, key):
-  """Loss and gradient summed over the micro-batches; rows i, i + k, i + 2k, ... make one, so every device takes part."""
+  """Loss and gradient summed over the micro-batches; rows i, i + k, i + 2k, ... make one, so every device
+  takes part."""
   spec = loss_spec(cfg.model, cfg.loss_chunk, cfg.z_loss)
 
   def gradient(batch, key):
@@ -119,7 +124,8 @@ def _accumulate(cfg, graphdef, params, batch, key):
     (loss, aux), grads = gradient(batch, None if key is None else jax.random.fold_in(key, index))
     return jax.tree.map(jnp.add, total, (loss, grads)), aux
 
-  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32, out_sharding=jax.typeof(p).sharding.spec), params)
+  zeros = jax.tree.map(
+      lambda p: jnp.zeros(p.shape, jnp.float32, out_sharding=jax.typeof(p).sharding.spec), params)
   (loss, grads), aux = jax.lax.scan(add, (jnp.zeros(()), zeros), (jnp.arange(k), _split(cfg, batch)))
   nll_B = aux.pop("nll_B").T.reshape(-1, out_sharding=cfg.model.rules("batch"))
   z = aux.pop("z").sum()
@@ -127,10 +133,11 @@ def _accumulate(cfg, graphdef, params, batch, key):
 
 
 def _watch(optim, guard, loss, grad_norm):
-  """Whether the step counts, the detector after it, and how many standard deviations the loss is above its mean.
+  """Whether the step counts, the detector after it, and how many standard deviations the loss is above its
+  mean.
 
-  A skipped loss moves the mean and the spread too, by no more than the limit: a single spike stays out, but a lasting
-  rise (another source, say) is accepted after a few steps instead of ending the run.
+  A skipped loss moves the mean and the spread too, by no more than the limit: a single spike stays out, but a
+  lasting rise (another source, say) is accepted after a few steps instead of ending the run.
   """
   deviation = jnp.maximum(jnp.sqrt(guard.variance), 0.01 * jnp.abs(guard.mean) + 1e-6)
   sigmas = jnp.where(guard.accepted < GUARD_STEPS, 0.0, (loss - guard.mean) / deviation)
@@ -138,7 +145,8 @@ def _watch(optim, guard, loss, grad_norm):
   good, change = finite, loss - guard.mean
   if optim.spike_sigma is not None:
     good &= sigmas < optim.spike_sigma
-    change = jnp.where(guard.accepted < GUARD_STEPS, change, jnp.minimum(change, optim.spike_sigma * deviation))
+    change = jnp.where(
+        guard.accepted < GUARD_STEPS, change, jnp.minimum(change, optim.spike_sigma * deviation))
   decay = jnp.minimum(GUARD_DECAY, guard.accepted / (guard.accepted + 1.0))  # A plain mean at first.
   mean = guard.mean + (1 - decay) * change
   variance = decay * (guard.variance + (1 - decay) * change**2)
@@ -155,14 +163,16 @@ def make_eval_step(cfg, graphdef):
 
   def eval_step(params, batch):
     rows = {name: a for name, a in batch.items() if name != "bytes"}
-    nll = jax.lax.map(lambda micro: next_token_loss(spec, nnx.merge(graphdef, params), micro)[0], _split(cfg, rows))
+    nll = jax.lax.map(
+        lambda micro: next_token_loss(spec, nnx.merge(graphdef, params), micro)[0], _split(cfg, rows))
     return {"nll": nll.sum(), "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
 
   return eval_step
 
 
 def _split(cfg, batch):
-  """[B, T] -> [k, B / k, T]: rows i, i + k, i + 2k, ... make a micro-batch, so every device takes part in each."""
+  """[B, T] -> [k, B / k, T]: rows i, i + k, i + 2k, ... make a micro-batch, so every device takes part in
+  each."""
   def one(a):
     rows = a.reshape(-1, cfg.accum_steps, *a.shape[1:], out_sharding=cfg.model.rules("batch", None, None))
     return jnp.swapaxes(rows, 0, 1)

@@ -1,12 +1,14 @@
-"""python -m experiments.bench train|decode|data [...]: one JSON line of what this machine does, measured in this run.
+"""python -m experiments.bench train|decode|data [...]: one JSON line of what this machine does,
+measured in this run.
 
   train [--against=torch] [--rounds=10]   the fixed case of experiments/bench/case.py through train.step; with
                                           --against, PyTorch eager takes turns with it, a step each
   decode [--batch=1,8]                    prefill and decode of the same model through infer.decode
   data [--rows=2000]                      rows of made-up text through data.pipeline
 
-Machines are noisy: each line has the load average and the machine's own GEMM speed (float32; the best of NumPy's BLAS and
-XLA, and its median), measured between the steps. Absolute figures of different runs do not compare; ratios within a run do.
+Machines are noisy: each line has the load average and the machine's own GEMM speed (float32; the best of
+NumPy's BLAS and XLA, and its median), measured between the steps. Absolute figures of different runs do not
+compare; ratios within a run do.
 """
 import argparse
 import json
@@ -82,7 +84,8 @@ class Rival:
   def _read(self):
     line = self.process.stdout.readline()
     if not line:
-      raise RuntimeError(f"PyTorch's process ended with exit code {self.process.wait()}: its message is above")
+      raise RuntimeError(f"PyTorch's process ended with exit code {self.process.wait()}: "
+                         "its message is above")
     return json.loads(line)
 
   def close(self):
@@ -95,14 +98,17 @@ def _compare(ours, theirs, first, their_first):
   """How much faster we are: the ratio of median times, with a bootstrap 95 % interval over the rounds."""
   for name in ("loss", "grad_norm"):
     if abs(first[name] / their_first[name] - 1) > 1e-3:
-      raise RuntimeError(f"not the same model: {name} of the first step is {first[name]} here, {their_first[name]} there")
+      raise RuntimeError(f"not the same model: {name} of the first step is {first[name]} here, "
+                         f"{their_first[name]} there")
   ours, theirs = np.array(ours), np.array(theirs)
-  pick = np.random.default_rng(0).integers(0, len(ours), (10_000, len(ours)))  # A round is drawn with both its times.
+  # A round is drawn with both its times.
+  pick = np.random.default_rng(0).integers(0, len(ours), (10_000, len(ours)))
   ratios = np.median(theirs[pick], axis=1) / np.median(ours[pick], axis=1)
   low, high = np.quantile(ratios, [0.025, 0.975])
-  return {"ratio": round(float(np.median(theirs) / np.median(ours)), 3), "interval_95": [round(low, 3), round(high, 3)],
-          "rounds": len(ours), "torch_step_ms": round(1e3 * float(np.median(theirs))), "torch_first_loss": their_first["loss"],
-          "torch_first_grad_norm": their_first["grad_norm"]}
+  return {"ratio": round(float(np.median(theirs) / np.median(ours)), 3),
+          "interval_95": [round(low, 3), round(high, 3)],
+          "rounds": len(ours), "torch_step_ms": round(1e3 * float(np.median(theirs))),
+          "torch_first_loss": their_first["loss"], "torch_first_grad_norm": their_first["grad_norm"]}
 
 
 def decode(args):
@@ -118,7 +124,8 @@ def decode(args):
   with jax.set_mesh(mesh):
     params = init_params(cfg, mesh, jax.random.key(0))[1]
   n_params, prompt, n_tokens = sum(a.size for a in jax.tree.leaves(params)), 512, 32
-  line, gemms, runs = {"bench": "decode", "parameters": n_params, "prompt_tokens": prompt}, [measure_gemm(0.2, 1024)], []
+  line, gemms, runs = (
+      {"bench": "decode", "parameters": n_params, "prompt_tokens": prompt}, [measure_gemm(0.2, 1024)], [])
   for batch in args.batch:
     generator = Generator(cfg, params, mesh)
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, prompt)).tolist()
@@ -135,7 +142,8 @@ def decode(args):
     n_bytes = decode_bytes_per_token(cfg, n_params, batch, prompt + n_tokens // 2)
     speed = _speed(seconds, batch, gemms, batch * forward)
     runs.append({"batch": batch, **speed, "prefill_tokens_per_s": round(statistics.median(prefill)),
-                 "compile_s": round(generator.stats.compile_s, 1), "bytes_per_s": round(speed["tokens_per_s"] * n_bytes)})
+                 "compile_s": round(generator.stats.compile_s, 1),
+                 "bytes_per_s": round(speed["tokens_per_s"] * n_bytes)})
   return line | runs[-1] | {"runs": runs}
 
 
@@ -152,7 +160,8 @@ def data(args):
     prepared = prepare(cfg.validate(), log=lambda *_: None)
     line["prepare_s"] = round(time.perf_counter() - start, 1)
     line["prepared_tokens"] = prepared.count("train", "tokens")
-    batches = make_batches(Rows(prepared, cfg, seq_len=T, batch_size=B), start_step=0, slots=range(B), prefetch=cfg.prefetch)
+    batches = make_batches(Rows(prepared, cfg, seq_len=T, batch_size=B), start_step=0, slots=range(B),
+                           prefetch=cfg.prefetch)
     seconds = []
     for _ in range(WARM_UP + max(args.rows // B, args.rounds)):
       start = time.perf_counter()
@@ -160,7 +169,8 @@ def data(args):
       seconds.append(time.perf_counter() - start)
   seconds = seconds[WARM_UP:]
   mean = statistics.mean(seconds)  # Batches come in bursts, made ahead: the median would say too little.
-  return line | {"rows_per_s": round(B / mean), "tokens_per_s": round(B * T / mean), "step_ms": round(1e3 * mean, 2)}
+  return line | {"rows_per_s": round(B / mean), "tokens_per_s": round(B * T / mean),
+                 "step_ms": round(1e3 * mean, 2)}
 
 
 def _speed(seconds, tokens, gemms, flops):
@@ -170,8 +180,9 @@ def _speed(seconds, tokens, gemms, flops):
   peak = max(best.values())
   typical = statistics.median(max(gemm.values()) for gemm in gemms)
   return {"tokens_per_s": round(tokens / step_s, 1), "step_ms": round(1e3 * step_s, 1), "steps": len(seconds),
-          "flops_per_s": round(flops / step_s), "gemm_flops_per_s": peak, "gemm_median_flops_per_s": round(typical),
-          "gemm_by_library": best, "fraction_of_gemm_peak": round(flops / step_s / peak, 3)}
+          "flops_per_s": round(flops / step_s), "gemm_flops_per_s": peak,
+          "gemm_median_flops_per_s": round(typical), "gemm_by_library": best,
+          "fraction_of_gemm_peak": round(flops / step_s / peak, 3)}
 
 
 def main(argv=None):
@@ -191,14 +202,16 @@ def main(argv=None):
       sub.add_argument("--rows", type=int, default=2000)
   args = parser.parse_args(argv)
   if args.rounds < 10:
-    print(f"--rounds={args.rounds} must be at least 10: fewer say nothing on a noisy machine", file=sys.stderr)
+    print(f"--rounds={args.rounds} must be at least 10: fewer say nothing on a noisy machine",
+          file=sys.stderr)
     return 2
   from data.flags import versions
   from train.host import keep_memory
   keep_memory()
   line = args.run(args)
-  line |= {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "load": os.getloadavg(),
-           "cpus": os.cpu_count(), "versions": versions(["jax", "jaxlib", "flax", "numpy"])}
+  line |= {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+           "load": os.getloadavg(), "cpus": os.cpu_count(),
+           "versions": versions(["jax", "jaxlib", "flax", "numpy"])}
   print(json.dumps(line), flush=True)
   return 0
 

@@ -1,4 +1,7 @@
-"""The case that `bench train` measures: the model's shape, its run's settings, its rows. Fixed, so that figures compare."""
+"""The case that `bench train` measures: the model's shape, its run's settings, its rows.
+
+Fixed, so that figures compare.
+"""
 import jax
 import numpy as np
 
@@ -15,8 +18,8 @@ def train_config(**changes) -> TrainConfig:
   Args:
     changes: fields of the model, for smaller cases in tests and for what a setting brings.
   """
-  model = ModelConfig(**dict(vocab_size=32_000, n_layers=8, d_model=512, n_heads=8, d_ff=1408, precision="fp32",
-                             attention_impl="chunked", unroll=8) | changes)
+  model = ModelConfig(**dict(vocab_size=32_000, n_layers=8, d_model=512, n_heads=8, d_ff=1408,
+                             precision="fp32", attention_impl="chunked", unroll=8) | changes)
   optim = OptimConfig(schedule="constant", warmup_steps=0, b1=0.9, b2=0.95, eps=1e-8)
   data = DataConfig(sources=[SourceConfig(name="none", kind="synthetic")],  # Not read: rows are made here.
                     tokenizer=TokenizerConfig(vocab_size=model.vocab_size))
@@ -32,8 +35,9 @@ def make_rows(cfg) -> dict[str, np.ndarray]:
 
 
 def compile_step(cfg, mesh):
-  """(step, params, compiled): our own training step on the case's rows. Each call of step() trains once and returns
-  {"loss", "grad_norm"} when everything is done; params are those before the first call, as NumPy by path."""
+  """(step, params, compiled): our own training step on the case's rows. Each call of step() trains once and
+  returns {"loss", "grad_norm"} when everything is done; params are those before the first call, as NumPy by
+  path."""
   with jax.set_mesh(mesh):
     graphdef, state = init_state(cfg, mesh)
     split = jax.NamedSharding(mesh, cfg.model.rules("batch", None))

@@ -1,4 +1,5 @@
-"""The yardstick: the same model and optimizer in PyTorch eager, written to be fast. Needs torch; nothing else here does.
+"""The yardstick: the same model and optimizer in PyTorch eager, written to be fast. Needs torch; nothing else
+here does.
 
 python -m experiments.bench.torch_eager CASE.npz
 answers each line on stdin with one training step, as JSON on stdout: seconds, loss, grad_norm.
@@ -31,7 +32,8 @@ class Block(nn.Module):
     B, T, _ = x_BTD.shape
     h_BTD = self.attention_norm(x_BTD)
     q, k, v = (w(h_BTD).view(B, T, self.N, self.H).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-    out = F.scaled_dot_product_attention(rotate(q, cos_TH, sin_TH), rotate(k, cos_TH, sin_TH), v, is_causal=True)
+    out = F.scaled_dot_product_attention(
+        rotate(q, cos_TH, sin_TH), rotate(k, cos_TH, sin_TH), v, is_causal=True)
     x_BTD = x_BTD + self.wo(out.transpose(1, 2).reshape(B, T, -1))
     h_BTD = self.ffn_norm(x_BTD)
     return x_BTD + self.w_down(F.silu(self.w_gate(h_BTD)) * self.w_up(h_BTD))
@@ -85,8 +87,10 @@ def make_step(arrays):
   number = lambda name: float(arrays[name])
   model = Model(params, arrays["tokens"].shape[1], number("rope_theta"), number("norm_eps"))
   kinds = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
-  groups = [dict(params=kinds[0], weight_decay=number("weight_decay")), dict(params=kinds[1], weight_decay=0.0)]
-  adamw = torch.optim.AdamW(groups, lr=number("lr"), betas=(number("b1"), number("b2")), eps=number("eps"), fused=True)
+  groups = [dict(params=kinds[0], weight_decay=number("weight_decay")),
+            dict(params=kinds[1], weight_decay=0.0)]
+  adamw = torch.optim.AdamW(
+      groups, lr=number("lr"), betas=(number("b1"), number("b2")), eps=number("eps"), fused=True)
   tokens_BT, targets_BT = (torch.from_numpy(arrays[name]).long() for name in ("tokens", "targets"))
 
   def step():

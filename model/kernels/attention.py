@@ -1,7 +1,8 @@
 """softmax(Q K^T) V by name. Each kernel sees one device's batch rows and heads.
 
 Shapes: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim. A kernel is a function
-(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap) -> out_BTNH; a name "module:function" in the config adds another.
+(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap) -> out_BTNH; a name "module:function" in the config adds
+another.
 """
 import dataclasses
 import functools
@@ -47,7 +48,8 @@ def logits(q_BTNH, k_BSKH, mask, *, scale, cap):
 
 def plain(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap):
   """The definition, in float32: what the others are tested against."""
-  probs_BKGTS = jax.nn.softmax(logits(q_BTNH, k_BSKH, mask, scale=scale, cap=cap), axis=-1).astype(v_BSKH.dtype)
+  probs_BKGTS = jax.nn.softmax(
+      logits(q_BTNH, k_BSKH, mask, scale=scale, cap=cap), axis=-1).astype(v_BSKH.dtype)
   return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(q_BTNH.shape)
 
 
@@ -58,9 +60,11 @@ def dot_product(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap):
 
 
 def chunked(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap):
-  """Online softmax over blocks (arXiv:2112.05682, arXiv:2205.14135): no [T, S] array exists, in either direction.
+  """Online softmax over blocks (arXiv:2112.05682, arXiv:2205.14135): no [T, S] array exists, in either
+  direction.
 
-  Blocks that causality or the window hides from all their queries are never computed, which at long T saves half.
+  Blocks that causality or the window hides from all their queries are never computed, which at long T saves
+  half.
   """
   B, T, N, H = q_BTNH.shape
   q_BKGTH = jnp.einsum("BTKGH->BKGTH", q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H))
@@ -94,7 +98,8 @@ def _chunked_forward(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask):
 
 
 def _chunked_backward(scale, cap, saved, dout_BKGTH):
-  """The weights of each block again, from the logarithm of each row's normaliser (algorithm 4 of arXiv:2205.14135)."""
+  """The weights of each block again, from the logarithm of each row's normaliser (algorithm 4 of
+  arXiv:2205.14135)."""
   q_BKGTH, k_BKSH, v_BKSH, mask, out_BKGTH, lse_BKGT = saved
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   delta_BKGT = dot("BKGTH,BKGTH->BKGT", out_BKGTH, dout_BKGTH)
@@ -129,7 +134,8 @@ def _blocks(T, S, mask):
     if mask.aligned:
       stop = min(start + size, T)
       first = 0 if mask.window is None else max(0, start + 1 - mask.window) // size * size
-    yield slice(start, min(start + size, T)), [slice(s, min(s + wide, stop)) for s in range(first, stop, wide)]
+    yield (slice(start, min(start + size, T)),
+           [slice(s, min(s + wide, stop)) for s in range(first, stop, wide)])
 
 
 def _block_logits(scale, cap, q_BKGTH, k_BKSH, mask, rows, keys):

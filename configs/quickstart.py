@@ -25,5 +25,6 @@ def get_config(arg: str = "") -> TrainConfig:
   c.optim.decay_fraction, c.optim.final_lr_fraction = 0.4, 0.0
   c.eval.every, c.eval.rows, c.checkpoint.every = 100, None, 100
   c.report.baselines = ("gzip", "ngram5")
+  c.report.temperature = 0.5
   c.report.prompts = ("def read_lines(path):\n", "class Stack:\n    \"\"\"A ", "The following ")
   return c

@@ -51,6 +51,10 @@ FREE_TO_CHANGE = {
 ABSENT = "(absent)"
 
 
+class Refused(ValueError):
+  """The settings and what the workdir holds do not go together."""
+
+
 class Restored(typing.NamedTuple):
   state: typing.Any
   meta: dict
@@ -292,6 +296,15 @@ def changed_settings(old: dict, new: dict, allowed: list[str]) -> list[Change]:
                        + (f"; did you mean {near[0]}?" if near else ""))
   return [change for change in diff_configs(old, new)
           if not any(_is_under(change[0], name) for name in (*FREE_TO_CHANGE, *allowed))]
+
+
+def refuse_changes(workdir, old: dict, new: dict, allowed: list[str]) -> None:
+  """Raises Refused with the old and new value of each of `changed_settings`."""
+  if changes := changed_settings(old, new, allowed):
+    lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}"
+             for leaf, was, now in changes]
+    raise Refused("\n".join([
+        f"{workdir} was begun with other settings (or give another --workdir):", *lines]))
 
 
 def _flatten(tree, prefix=""):

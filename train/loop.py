@@ -16,7 +16,7 @@ from data.pipeline import Rows, make_batches
 from data.prepare import Prepared, prepare
 from infer.load import keep_tokenizer
 from model.sharding import make_mesh
-from train.checkpoint import Checkpointer, changed_settings
+from train.checkpoint import Checkpointer, Refused, refuse_changes
 from train.evaluate import Evaluation
 from train.feed import Feed
 from train.host import CompileCache, StopSignal, Stopwatch, peak_memory
@@ -24,10 +24,6 @@ from train.log import StepLog
 from train.metrics import MetricsWriter, Progress, peak_flops
 from train.profile import StepTrace
 from train.step import abstract_state, init_state, make_eval_step, make_train_step
-
-
-class Refused(ValueError):
-  """The settings and what the workdir holds do not go together."""
 
 
 class Run(typing.NamedTuple):
@@ -173,11 +169,7 @@ def _restore(checkpoints, abstract, meta, allowed, writer, progress):
     Refused: settings or data that would change the numbers of what is there.
   """
   def check(saved):
-    if changes := changed_settings(saved["config"], meta["config"], list(allowed)):
-      lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}"
-               for leaf, was, now in changes]
-      raise Refused("\n".join([
-          f"{checkpoints.root.parent} was begun with other settings (or give another --workdir):", *lines]))
+    refuse_changes(checkpoints.root.parent, saved["config"], meta["config"], list(allowed))
     if saved["data"] != meta["data"]:
       raise Refused(f"the data has changed since step {saved['step']}: content {saved['data'][:12]} then, "
                     f"{meta['data'][:12]} now; its rows would not be the same. Give another --workdir")

@@ -52,10 +52,10 @@ def check_resume(cfg, workdir, allowed):
   """Refuses, before a device is touched, to go on with settings that would change the numbers.
 
   Raises:
-    ValueError: with each setting's old and new value.
+    Refused: with each setting's old and new value.
   """
   from model.hub.orbax import find_steps, read_meta
-  from train.checkpoint import changed_settings
+  from train.checkpoint import refuse_changes
   steps = find_steps(workdir / "checkpoints") if (workdir / "checkpoints").exists() else []
   if not steps:
     return
@@ -63,11 +63,7 @@ def check_resume(cfg, workdir, allowed):
     old = read_meta(workdir / "checkpoints" / str(max(steps)))["config"]
   except (OSError, ValueError, KeyError):
     return  # A damaged checkpoint: restoring says so, and checks against the one that it uses.
-  if changes := changed_settings(old, as_json(cfg), allowed):
-    lines = [f"  {leaf}: {was} there, {now} here; to allow it: --allow_change={leaf}"
-             for leaf, was, now in changes]
-    raise ValueError("\n".join([
-        f"{workdir} was begun with other settings (or give another --workdir):", *lines]))
+  refuse_changes(workdir, old, as_json(cfg), allowed)
 
 
 def default_workdir(cfg, config_path) -> pathlib.Path:
@@ -114,12 +110,13 @@ def main(argv=None) -> int:
     stop = StopSignal()
     import jax
     holder = lock(workdir) if jax.process_index() == 0 else None
-    from train.loop import Refused, prepare_run, train
+    from train.loop import prepare_run, train
     run = prepare_run(cfg, clock)
   except (ValueError, PermissionError) as e:
     print(f"train.main: error: {e}", file=sys.stderr)
     return 2
   from model.hub.orbax import CheckpointError
+  from train.checkpoint import Refused
   from train.log import TooManySkips
   from train.report import write_report
   command = shlex.join(["python", "-m", "train.main", f"--config={args.config}",

@@ -25,7 +25,8 @@ class ModelConfig:
 
   attention: str = "gqa"  # model.attention.ATTENTION, or "module:Class".
   attention_impl: str = "dot_product"  # model.kernels.attention.KERNEL, or "module:function".
-  ffn: str = "swiglu"  # model.ffn.FFN, or "module:Class".
+  context: str = "gather"  # Keys on other devices, where rules.length splits rows: model.context.CONTEXT.
+  ffn: str = "swiglu"  # model.ffn.FFN, or "module:Class". "moe" is a mixture of SwiGLU experts.
   norm: str = "rmsnorm"  # model.layers.NORM.
   norm_position: str = "pre"  # pre | post | both (Gemma 2).
   qk_norm: str | None = None  # A key of NORM, over each head (Qwen 3); None is off.
@@ -51,8 +52,22 @@ class ModelConfig:
   remat: str = "none"  # A key of model.transformer.REMAT.
   unroll: int = 1  # Groups of layers per scan iteration: more compiles longer, and may run faster.
 
-  n_experts: int | None = None  # Read by mixture-of-experts FFNs only.
+  n_experts: int | None = None  # The next 12 are read by ffn="moe" only.
   n_experts_per_token: int | None = None
+  d_expert: int | None = None  # Hidden width of one expert; d_ff.
+  n_shared_experts: int = 0  # Experts that see every token, as one SwiGLU of their summed width.
+  n_dense_layers: int = 0  # The first layers, whose feed-forward is a SwiGLU of d_ff.
+  router: str = "softmax"  # softmax (Mixtral) | sigmoid (DeepSeek V3): model.moe.ROUTER.
+  router_bias: bool = False  # A bias that only selects, moved towards even loads (arXiv:2408.15664).
+  n_expert_groups: int | None = None  # Of equal size; a token goes to n_groups_per_token of them.
+  n_groups_per_token: int | None = None
+  routed_scale: float = 1.0  # Times the weights of the routed experts (DeepSeek V3: 2.5).
+  dispatch: str = "dropless"  # dropless | capacity | dense (all experts on all tokens: the oracle).
+  capacity_factor: float = 1.25  # capacity only: room for this many times the mean load.
+  exchange: str = "gather"  # How tokens reach experts on other devices: gather | all_to_all | ragged.
+
+  pipeline_microbatches: int | None = None  # Where the mesh has stages; None: as many as stages.
+  pipeline_repeats: int = 1  # Visits of a micro-batch to each stage; above 1 the schedule is circular.
   rules: AxisRules = TRAIN
 
   @property

@@ -1,8 +1,11 @@
 """Logical axes -> mesh axes. The only file that names mesh axes."""
+import contextlib
+import contextvars
 import dataclasses
 import math
 
 import jax
+from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # Slow to fast links. Unused axes have size 1; none is ever absent.
@@ -17,11 +20,17 @@ class AxisRules:
   """
   batch: tuple[str, ...] = ("data", "fsdp", "expert")
   length: tuple[str, ...] = ("seq",)
+  residual: tuple[str, ...] = ("seq",)  # The length of the residual stream and norms: length, or finer.
+  loss_length: tuple[str, ...] = ("seq", "stage")  # The length where the head and the loss run.
   vocab: tuple[str, ...] = ("tensor",)
   embed: tuple[str, ...] = ("fsdp",)
   heads: tuple[str, ...] = ("tensor",)
   kv_heads: tuple[str, ...] = ("tensor",)
   mlp: tuple[str, ...] = ("tensor",)
+  experts: tuple[str, ...] = ("expert",)
+  layers: tuple[str, ...] = ("stage",)
+  gradient: tuple[str, ...] = ("fsdp",)  # "embed" of gradients (ZeRO-2) and of optimizer state (ZeRO-1), which
+  moment: tuple[str, ...] = ("fsdp",)  # may be split where the parameters are not.
 
   def __call__(self, *axes: str | None) -> PartitionSpec:
     """rules("batch", None, "heads") -> P(("data", "fsdp", "expert"), None, "tensor")."""
@@ -33,7 +42,7 @@ class AxisRules:
 
 
 TRAIN = AxisRules()
-DECODE = AxisRules(embed=(), length=())  # Weights stay gathered over "fsdp".
+DECODE = AxisRules(embed=(), length=(), residual=(), layers=())  # Weights stay gathered over "fsdp".
 
 
 def mesh_shape(sizes: dict, n_devices: int) -> tuple[int, ...]:
@@ -67,3 +76,47 @@ def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
 
 def place(mesh, spec) -> NamedSharding:
   return NamedSharding(mesh, spec)
+
+
+_STAGED = contextvars.ContextVar("staged", default=False)
+
+
+@contextlib.contextmanager
+def staged():
+  """What is traced inside is under a vmap over the pipeline's stages (model.pipeline)."""
+  token = _STAGED.set(True)
+  try:
+    yield
+  finally:
+    _STAGED.reset(token)
+
+
+def on_devices(f, in_specs: tuple, out_specs, *, check_vma: bool = True):
+  """jax.shard_map(f) over all axes of the mesh, for code with its hands on the wire. Inside a pipeline each
+  device runs `f` for its own stage.
+
+  JAX's own batching of shard_map under explicit axes would gather the stages (seen with jax 0.10.2), so the
+  rule is ours: the mapped dim goes to the front, split over "stage".
+
+  Args:
+    in_specs: one PartitionSpec per array, in a tree like f's arguments.
+  """
+  whole = lambda f, ins, outs: jax.shard_map(f, in_specs=ins, out_specs=outs, check_vma=check_vma)
+  if not _STAGED.get():
+    return whole(f, in_specs, out_specs)
+  in_front = lambda spec: PartitionSpec("stage", *spec)
+  is_spec = lambda x: isinstance(x, PartitionSpec)
+
+  @custom_vmap
+  def call(*args):
+    return whole(f, in_specs, out_specs)(*args)
+
+  @call.def_vmap
+  def staged_call(n_stages, batched, *args):
+    dims = jax.tree.map(lambda b: 0 if b else None, batched)
+    ins = jax.tree.map(lambda spec, b: in_front(spec) if b else spec, in_specs, batched, is_leaf=is_spec)
+    outs = jax.tree.map(in_front, out_specs, is_leaf=is_spec)
+    result = whole(jax.vmap(f, in_axes=dims), ins, outs)(*args)
+    return result, jax.tree.map(lambda _: True, result)
+
+  return call

@@ -1,14 +1,15 @@
 """Attention variants: projections around a kernel. Shapes as in model/kernels/attention.py."""
-import functools
-
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from model.context import CONTEXT
 from model.kernels.attention import KERNEL, Mask
 from model.layers import NORM, bias, lift, linear, read, weight
 from model.lookup import lookup
 from model.positions import rope
+from model.sharding import on_devices
 
 
 def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None):
@@ -18,23 +19,38 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None):
   Returns:
     (out_BTNH, cache).
   """
-  kernel = functools.partial(lookup(KERNEL, cfg.attention_impl, "model.attention_impl"),
-                             scale=cfg.head_dim**-0.5, cap=cfg.attention_softcap)
+  kernel, rules = lookup(KERNEL, cfg.attention_impl, "model.attention_impl"), cfg.rules
+  settings = dict(scale=cfg.head_dim**-0.5, cap=cfg.attention_softcap)
 
-  def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache):
-    if cache is None:
-      mask = Mask(pos_BT, segment_BT, pos_BT, segment_BT, window, aligned=True)
-      return kernel(q_BTNH, k_BTKH, v_BTKH, mask), None
-    cache, k_BSKH, v_BSKH, pos_BS, segment_BS = cache.update(k_BTKH, v_BTKH, pos_BT, segment_BT)
-    mask = Mask(pos_BT, segment_BT, pos_BS, segment_BS, window, aligned=False)
-    return kernel(q_BTNH, k_BSKH, v_BSKH, mask), cache
+  def local(q_btnh, k_btkh, v_btkh, pos_bt, segment_bt, cache):
+    if cache is not None:
+      cache, k_bskh, v_bskh, pos_bs, segment_bs = cache.update(k_btkh, v_btkh, pos_bt, segment_bt)
+      mask = Mask(pos_bt, segment_bt, pos_bs, segment_bs, window, aligned=False)
+      k_bskh, v_bskh = (_own_heads(cfg, x, q_btnh.shape[2]) for x in (k_bskh, v_bskh))
+      return kernel(q_btnh, k_bskh, v_bskh, mask, **settings), cache
+    k_btkh, v_btkh = (_own_heads(cfg, x, q_btnh.shape[2]) for x in (k_btkh, v_btkh))
+    if rules.length and jax.lax.axis_size(rules.length) > 1:
+      return CONTEXT[cfg.context](rules.length, kernel, q_btnh, k_btkh, v_btkh, pos_bt, segment_bt, window,
+                                  **settings), None
+    mask = Mask(pos_bt, segment_bt, pos_bt, segment_bt, window, aligned=True)
+    return kernel(q_btnh, k_btkh, v_btkh, mask, **settings), None
 
-  rules = cfg.rules
-  bt, q, kv = (
-      rules("batch", None), rules("batch", None, "heads", None), rules("batch", None, "kv_heads", None))
+  bt, q, kv = (rules("batch", "length"), rules("batch", "length", "heads", None),
+               rules("batch", "length", "kv_heads", None))
   caches = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, cache)
-  return jax.shard_map(local, in_specs=(q, kv, kv, bt, bt, caches), out_specs=(q, caches), check_vma=False)(
+  return on_devices(local, (q, kv, kv, bt, bt, caches), (q, caches), check_vma=False)(
       q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache)
+
+
+def _own_heads(cfg, x_bskh, n):
+  """Of kv heads that every device holds, those that the n query heads of this one attend to."""
+  heads = cfg.rules.heads
+  if cfg.rules.kv_heads == heads or jax.lax.axis_size(heads) == 1:
+    return x_bskh
+  group, first = cfg.n_heads // cfg.n_kv_heads, jax.lax.axis_index(heads) * n
+  if group % n == 0:
+    return jax.lax.dynamic_slice_in_dim(x_bskh, first // group, 1, axis=2)
+  return jnp.take(x_bskh, (first + jnp.arange(n)) // group, axis=2)
 
 
 class GQAttention(nnx.Module):
@@ -69,9 +85,10 @@ class GQAttention(nnx.Module):
     return rope(q_BTNH, pos_BT, cfg.rope_theta), rope(k_BTKH, pos_BT, cfg.rope_theta), v_BTKH
 
   def output(self, out_BTNH):
-    # Contracts a sharded dim: explicit mode makes us say where the sum lives (all-reduce over "tensor").
+    # Contracts a sharded dim: explicit mode makes us say where the sum lives (all-reduce over "tensor",
+    # or reduce-scatter where that splits the residual stream too).
     out_BTD = linear(self.cfg, "BTNH,NHD->BTD", out_BTNH, self.wo,
-                     out_sharding=self.cfg.rules("batch", None, None))
+                     out_sharding=self.cfg.rules("batch", "residual", None))
     out_BTD = out_BTD + lift(read(self.cfg, self.o_bias), 3) if self.cfg.out_bias else out_BTD
     return checkpoint_name(out_BTD, "attention_out")
 

@@ -103,16 +103,42 @@ class ModelConfig:
       raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs; "
                        f"nearest valid: {self.head_dim - 1 or 2}, {self.head_dim + 1}")
     if self.d_ff is None:
-      gated = self.ffn in ("swiglu", "geglu")
+      gated = self.ffn in ("swiglu", "geglu", "moe")
       self.d_ff = -(-(8 * self.d_model if gated else 12 * self.d_model) // 3 // 128) * 128
     self._validate_layers()
     self._validate_precision()
-    if self.ffn in ("swiglu", "geglu", "gelu", "relu"):
-      for name in ("n_experts", "n_experts_per_token"):
-        if getattr(self, name) is not None:
-          raise ValueError(f"model.{name}={getattr(self, name)} is not read by model.ffn={self.ffn!r}: "
-                           "leave it None")
+    if self.ffn == "moe":
+      self._validate_experts()
     return self
+
+  def _validate_experts(self):
+    """The mixture of experts, of which n_experts and n_experts_per_token must be given."""
+    for name in ("n_experts", "n_experts_per_token"):
+      if getattr(self, name) is None:
+        raise ValueError(f"model.ffn='moe' needs model.{name}; Mixtral has n_experts=8, n_experts_per_token=2")
+    E, k, groups, chosen = (
+        self.n_experts, self.n_experts_per_token, self.n_expert_groups, self.n_groups_per_token)
+    self.d_expert = self.d_expert or self.d_ff
+    if (groups is None) != (chosen is None):
+      raise ValueError(f"model.n_expert_groups={groups} and model.n_groups_per_token={chosen} go together: "
+                       "give both, or None")
+    if groups is not None and E % groups:
+      raise ValueError(f"model.n_experts={E} is not a multiple of model.n_expert_groups={groups}; nearest valid "
+                       f"n_expert_groups: {_nearest_divisors(E, groups)}")
+    if groups is not None and chosen > groups:
+      raise ValueError(f"model.n_groups_per_token={chosen} is more than model.n_expert_groups={groups}; nearest "
+                       f"valid: {groups}")
+    within = E if groups is None else E // groups * chosen
+    if k > within:
+      raise ValueError(f"model.n_experts_per_token={k} is more than the {within} experts that a token may choose "
+                       f"from; nearest valid: {within}")
+    if self.exchange == "all_to_all" and self.dispatch != "capacity":
+      raise ValueError(f"model.exchange='all_to_all' has fixed room for each expert, which model.dispatch="
+                       f"{self.dispatch!r} does not; nearest valid: model.dispatch='capacity', or "
+                       "model.exchange='ragged'")
+    if self.exchange == "ragged" and self.dispatch != "dropless":
+      raise ValueError(f"model.exchange='ragged' drops nothing, which contradicts model.dispatch="
+                       f"{self.dispatch!r}; nearest valid: model.dispatch='dropless', or model.exchange='gather'")
 
   def _validate_layers(self):
     if self.layer_pattern is None:
@@ -123,6 +149,12 @@ class ModelConfig:
     if ("local" in self.layer_pattern) != (self.window is not None):
       raise ValueError(f"model.window={self.window} contradicts model.layer_pattern={self.layer_pattern}: "
                        "a window is what 'local' layers see")
+    if self.n_dense_layers >= self.n_layers or self.n_dense_layers % len(self.layer_pattern):
+      step = len(self.layer_pattern)
+      nearest = min(self.n_dense_layers, self.n_layers - 1) // step * step
+      raise ValueError(f"model.n_dense_layers={self.n_dense_layers} must be below model.n_layers="
+                       f"{self.n_layers} and a multiple of the {step} of model.layer_pattern; nearest valid: "
+                       f"{nearest}")
     if self.n_layers % len(self.layer_pattern):
       step = len(self.layer_pattern)
       low = self.n_layers // step * step

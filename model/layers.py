@@ -45,7 +45,8 @@ def linear(cfg, equation, x, param, *, out_sharding=None):
   """
   B, T = x.shape[:2]
   batch, length, *rest = jax.typeof(x).sharding.spec
-  if length is not None:  # Dims that are both split do not merge.
+  if length is not None or out_sharding is not None and out_sharding[1] is not None:
+    # Dims that are both split do not merge.
     return jnp.einsum(equation, x, read(cfg, param), out_sharding=out_sharding)
   tokens = x.reshape(B * T, *x.shape[2:], out_sharding=jax.P(batch, *rest))
   out = None if out_sharding is None else jax.P(out_sharding[0], *out_sharding[2:])

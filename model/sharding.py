@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -45,6 +46,22 @@ TRAIN = AxisRules()
 DECODE = AxisRules(embed=(), length=(), residual=(), layers=())  # Weights stay gathered over "fsdp".
 
 
+def ways(mesh, axes: tuple[str, ...]) -> int:
+  """Over how many devices a dimension is split that lives on these axes of the mesh."""
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def fit(cfg, mesh):
+  """The ModelConfig for this mesh: kv heads that cannot be split evenly are kept by every device, which uses
+  those that its query heads need (model.attention); without stages the layers are one stack to scan over."""
+  rules = cfg.rules
+  if cfg.n_kv_heads % ways(mesh, rules.kv_heads):
+    rules = dataclasses.replace(rules, kv_heads=())
+  if ways(mesh, rules.layers) == 1:
+    rules = dataclasses.replace(rules, layers=())
+  return dataclasses.replace(cfg, rules=rules)
+
+
 def mesh_shape(sizes: dict, n_devices: int) -> tuple[int, ...]:
   """Sizes by axis name, of which one may be -1 (what is left), -> a shape over MESH_AXES.
 
@@ -62,10 +79,21 @@ def mesh_shape(sizes: dict, n_devices: int) -> tuple[int, ...]:
   return tuple(shape)
 
 
-def make_mesh(**sizes: int) -> jax.sharding.Mesh:
-  """make_mesh(fsdp=-1, tensor=2) over all devices of all processes, with Explicit axes."""
-  shape = mesh_shape(sizes, jax.device_count())
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+def make_mesh(*, slices: int = 1, slice_axis: str = "data", **sizes: int) -> jax.sharding.Mesh:
+  """make_mesh(fsdp=-1, tensor=2) over all devices of all processes, with Explicit axes.
+
+  Args:
+    slices: groups of devices with a slow network between them: TPU slices, or processes where the devices know
+      of none. `slice_axis`, whose size they divide, is the axis that goes over it, slices varying slowest.
+  """
+  shape, types = mesh_shape(sizes, jax.device_count()), (AxisType.Explicit,) * len(MESH_AXES)
+  if slices == 1:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types)
+  over = tuple(slices if axis == slice_axis else 1 for axis in MESH_AXES)
+  within = tuple(n // slow for n, slow in zip(shape, over))
+  by_process = not hasattr(jax.devices()[0], "slice_index")
+  devices = mesh_utils.create_hybrid_device_mesh(within, over, process_is_granule=by_process)
+  return jax.sharding.Mesh(devices, MESH_AXES, axis_types=types)
 
 
 def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
@@ -113,6 +141,7 @@ def on_devices(f, in_specs: tuple, out_specs, *, check_vma: bool = True):
 
   @call.def_vmap
   def staged_call(n_stages, batched, *args):
+    batched = tuple(batched)
     dims = jax.tree.map(lambda b: 0 if b else None, batched)
     ins = jax.tree.map(lambda spec, b: in_front(spec) if b else spec, in_specs, batched, is_leaf=is_spec)
     outs = jax.tree.map(in_front, out_specs, is_leaf=is_spec)

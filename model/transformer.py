@@ -10,7 +10,8 @@ from model.ffn import FFN
 from model.kernels.attention import HIDDEN, KERNEL
 from model.layers import INIT, NORM, dropout, lift, read, softcap, weight
 from model.lookup import lookup
-from model.sharding import place
+from model.pipeline import pipeline
+from model.sharding import fit, on_devices, place, ways
 
 _saveable = jax.checkpoint_policies
 # What the backward pass finds in memory; it computes the rest again. From most memory to least.
@@ -50,7 +51,7 @@ def check_names(cfg: ModelConfig) -> None:
 
 
 class Block(nnx.Module):
-  def __init__(self, cfg, window, *, rngs):
+  def __init__(self, cfg, window, ffn, *, rngs):
     self.cfg = cfg
     norm = lookup(NORM, cfg.norm)
     if cfg.norm_position != "post":
@@ -58,21 +59,25 @@ class Block(nnx.Module):
     if cfg.norm_position != "pre":
       self.attention_post_norm, self.ffn_post_norm = norm(cfg, cfg.d_model), norm(cfg, cfg.d_model)
     self.attention = lookup(ATTENTION, cfg.attention)(cfg, window, rngs=rngs)
-    self.ffn = lookup(FFN, cfg.ffn)(cfg, rngs=rngs)
+    self.ffn = lookup(FFN, ffn)(cfg, rngs=rngs)
 
   def __call__(self, x_BTD, pos_BT, segment_BT, cache=None, key=None):
-    residual = NORM_POSITION[self.cfg.norm_position]
+    """Returns (x_BTD, cache, aux): aux a dict of arrays, what the feed-forward has to say."""
+    residual, rules = NORM_POSITION[self.cfg.norm_position], self.cfg.rules
     keys = (None, None) if key is None else jax.random.split(key)
     new_cache, aux = None, {}
 
     def attention(x_BTD):
       nonlocal new_cache
+      # Where the residual stream is split finer than the length, this gathers it (Megatron's sequence parallelism).
+      x_BTD = jax.sharding.reshard(x_BTD, rules("batch", "length", None))
       out_BTD, new_cache = self.attention(x_BTD, pos_BT, segment_BT, cache)
       return dropout(out_BTD, self.cfg.dropout, keys[0])
 
     def ffn(x_BTD):
       nonlocal aux
-      out_BTD, aux = self.ffn(x_BTD)
+      x_BTD = jax.sharding.reshard(x_BTD, rules("batch", "length", None))
+      out_BTD, aux = self.ffn(x_BTD, segment_BT)
       return dropout(out_BTD, self.cfg.dropout, keys[1])
 
     norms = lambda name: (getattr(self, f"{name}_norm", None), getattr(self, f"{name}_post_norm", None))
@@ -83,16 +88,19 @@ class Block(nnx.Module):
 
 class Transformer(nnx.Module):
   """Layers are stacked in groups, one group a repetition of cfg.layer_pattern: every leaf of blocks[i] leads
-  with the number of groups."""
+  with the number of groups, or with [repeats, groups / repeats] in a circular pipeline.
+
+  The first cfg.n_dense_layers are stacked apart, in first_blocks.
+  """
 
   def __init__(self, cfg, *, rngs):
     self.cfg = cfg
     V, D = cfg.padded_vocab_size, cfg.d_model
     self.embed = weight(cfg, (V, D), ("vocab", "embed"), rngs, fan_in=D if cfg.head == "tied" else 1)
-    n_groups = cfg.n_layers // len(cfg.windows)
-    self.blocks = nnx.Dict()
-    for i, window in enumerate(cfg.windows):
-      self.blocks[str(i)] = _stack(cfg, window, jax.random.split(rngs.params(), n_groups))
+    n_dense = cfg.n_dense_layers
+    if n_dense:
+      self.first_blocks = _stacks(cfg, n_dense, "swiglu", rngs)
+    self.blocks = _stacks(cfg, cfg.n_layers - n_dense, cfg.ffn, rngs)
     if cfg.norm_position != "post":  # There the last block ends with its norm.
       self.final_norm = lookup(NORM, cfg.norm)(cfg, D)
     if cfg.head == "untied":
@@ -106,27 +114,51 @@ class Transformer(nnx.Module):
       key: of the dropout masks; None is evaluation.
 
     Returns:
-      (x_BTD before the head, aux: dict of scalars, the mean over the layers).
+      (x_BTD before the head, aux: i -> what block i of each group says, every array leading with the groups).
     """
-    keys = None if key is None else jax.random.split(key, self.cfg.n_layers + 1)
-    x_BTD = dropout(self._embed(tokens_BT), self.cfg.dropout, None if key is None else keys[0])
-    n_in_group = len(self.cfg.windows)
-    graphdefs, stacked = zip(*(nnx.split(self.blocks[str(i)]) for i in range(n_in_group)))
-    group_keys = None if key is None else keys[1:].reshape(-1, n_in_group)
+    cfg = self.cfg
+    tokens_BT, pos_BT, segment_BT = (
+        jax.sharding.reshard(a, cfg.rules("batch", "length")) for a in (tokens_BT, pos_BT, segment_BT))
+    keys = None if key is None else jax.random.split(key, cfg.n_layers + 1)
+    x_BTD = dropout(self._embed(tokens_BT), cfg.dropout, None if key is None else keys[0])
+    if cfg.n_dense_layers:
+      first_keys = None if key is None else keys[1:cfg.n_dense_layers + 1]
+      x_BTD, _ = self._scan(self.first_blocks, x_BTD, pos_BT, segment_BT, first_keys)
+    keys = None if key is None else keys[1 + cfg.n_dense_layers:]
+    n_stages = ways(jax.sharding.get_abstract_mesh(), cfg.rules.layers)
+    if n_stages == 1:
+      x_BTD, aux = self._scan(self.blocks, x_BTD, pos_BT, segment_BT, keys)
+    else:
+      group, stacked = self._group(self.blocks)
+      x_BTD, aux = pipeline(
+          lambda layers, *x: jax.lax.scan(lambda x_BTD, one: group(x_BTD, *x[1:], one, None), x[0], layers),
+          stacked, x_BTD, (pos_BT, segment_BT), n_stages=n_stages, repeats=cfg.pipeline_repeats,
+          n_micro=cfg.pipeline_microbatches or n_stages, rules=cfg.rules)
+    return self._final(x_BTD), aux
 
-    def group(x_BTD, layers):
-      states, keys = layers
-      all_aux = []
+  def _scan(self, blocks, x_BTD, pos_BT, segment_BT, keys):
+    group, stacked = self._group(blocks)
+    if blocks is self.blocks and self.cfg.pipeline_repeats > 1:
+      stacked = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
+    keys = None if keys is None else keys.reshape(-1, len(self.cfg.windows))
+    step = lambda x_BTD, layers: group(x_BTD, pos_BT, segment_BT, *layers)
+    return jax.lax.scan(step, x_BTD, (stacked, keys), unroll=self.cfg.unroll)
+
+  def _group(self, blocks):
+    """(one repetition of the pattern as a function of its layers' arrays, the arrays of all)."""
+    graphdefs, stacked = zip(*(nnx.split(blocks[str(i)]) for i in range(len(self.cfg.windows))))
+
+    def group(x_BTD, pos_BT, segment_BT, states, keys):
+      aux = {}
       for i, (graphdef, state) in enumerate(zip(graphdefs, states)):
         block = nnx.merge(graphdef, state)
-        x_BTD, _, aux = block(x_BTD, pos_BT, segment_BT, key=None if keys is None else keys[i])
-        all_aux.append(aux)
-      return x_BTD, jax.tree.map(lambda *a: sum(a) / len(a), *all_aux)
+        key = None if keys is None else keys[i]
+        x_BTD, _, aux[str(i)] = block(x_BTD, pos_BT, segment_BT, key=key)
+      return x_BTD, aux
 
     if self.cfg.remat != "none":
       group = jax.checkpoint(group, policy=REMAT[self.cfg.remat], prevent_cse=False)
-    x_BTD, aux = jax.lax.scan(group, x_BTD, (stacked, group_keys), unroll=self.cfg.unroll)
-    return self._final(x_BTD), jax.tree.map(lambda a: a.mean(0), aux)
+    return group, stacked
 
   def extend(self, tokens_BT, pos_BT, segment_BT, caches, layers=None):
     """The same forward for tokens that continue what the caches hold: prefill and decode.
@@ -139,20 +171,31 @@ class Transformer(nnx.Module):
     Returns:
       (x_BTD before the head, caches).
     """
-    x_BTD = self._embed(tokens_BT)
-    n_in_group, new_caches = len(self.cfg.windows), []
+    x_BTD, new_caches = self._embed(tokens_BT), []
     for n, cache in enumerate(caches):
-      graphdef, state = nnx.split(self.blocks[str(n % n_in_group)])
-      state = layers[n] if layers else jax.tree.map(lambda a, g=n // n_in_group: a[g], state)
+      blocks, i, pick = layer_place(self.cfg, n)
+      graphdef, state = nnx.split(getattr(self, blocks)[i])
+      state = layers[n] if layers else jax.tree.map(pick, state)
       x_BTD, cache, _ = nnx.merge(graphdef, state)(x_BTD, pos_BT, segment_BT, cache)
       new_caches.append(cache)
     return self._final(x_BTD), tuple(new_caches)
 
   def _embed(self, tokens_BT):
-    table_VD = jax.sharding.reshard(self.embed[...].astype(self.cfg.compute_dtype),
-                                    self.cfg.rules(None, None))
-    x_BTD = table_VD.at[tokens_BT].get(out_sharding=self.cfg.rules("batch", None, None))
-    return x_BTD if self.cfg.embed_scale is None else x_BTD * jnp.asarray(self.cfg.embed_scale, x_BTD.dtype)
+    """Each device looks up what its slice of the vocabulary has; the sum over the slices has it all."""
+    cfg, rules = self.cfg, self.cfg.rules
+
+    def local(table_vD, tokens_bt):
+      if not rules.vocab:
+        return table_vD[tokens_bt]
+      v = table_vD.shape[0]
+      row_bt = tokens_bt - jax.lax.axis_index(rules.vocab) * v
+      x_btD = jnp.where(((row_bt >= 0) & (row_bt < v))[..., None], table_vD[jnp.clip(row_bt, 0, v - 1)], 0)
+      return jax.lax.psum(x_btD, rules.vocab)
+
+    x_BTD = on_devices(local, (rules("vocab", None), rules("batch", "length")),
+                       rules("batch", "length", None))(read(cfg, self.embed), tokens_BT)
+    x_BTD = jax.sharding.reshard(x_BTD, rules("batch", "residual", None))
+    return x_BTD if cfg.embed_scale is None else x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
 
   def _final(self, x_BTD):
     return self.final_norm(x_BTD) if self.cfg.norm_position != "post" else x_BTD
@@ -163,43 +206,88 @@ class Transformer(nnx.Module):
 
   def logits(self, x_BTD):
     """float32 [B, T, padded V], split over "vocab"; what pads the vocabulary has no mass."""
+    x_BTD = jax.sharding.reshard(x_BTD, self.cfg.rules("batch", "length", None))
     logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head_DV(), preferred_element_type=jnp.float32)
     real_V = jnp.arange(logits_BTV.shape[-1]) < self.cfg.vocab_size
     return jnp.where(lift(real_V, 3), softcap(logits_BTV, self.cfg.logit_softcap), HIDDEN)
 
 
-def _stack(cfg, window, keys):
-  return nnx.vmap(lambda key: Block(cfg, window, rngs=nnx.Rngs(key)))(keys)
+def _stacks(cfg, n_layers, ffn, rngs):
+  """str(i) -> the blocks at place i of the pattern, stacked."""
+  stacks, n_groups = nnx.Dict(), n_layers // len(cfg.windows)
+  for i, window in enumerate(cfg.windows):
+    make = nnx.vmap(lambda key, window=window: Block(cfg, window, ffn, rngs=nnx.Rngs(key)))
+    stacks[str(i)] = make(jax.random.split(rngs.params(), n_groups))
+  return stacks
+
+
+def layer_place(cfg, n: int):
+  """Where layer n is: ("first_blocks" or "blocks", place in the pattern, what slices it from the stack)."""
+  first = n < cfg.n_dense_layers
+  group, i = divmod(n if first else n - cfg.n_dense_layers, len(cfg.windows))
+  if first or cfg.pipeline_repeats == 1:
+    return "first_blocks" if first else "blocks", str(i), lambda a: a[group]
+  n_groups = (cfg.n_layers - cfg.n_dense_layers) // len(cfg.windows) // cfg.pipeline_repeats
+  return "blocks", str(i), lambda a: a[group // n_groups, group % n_groups]
+
+
+def stack_dims(cfg, path: str) -> int:
+  """How many dims of stacked layers lead a parameter: path as "blocks/0/attention/wq"."""
+  if path.startswith("first_blocks/"):
+    return 1
+  return 0 if not path.startswith("blocks/") else 1 if cfg.pipeline_repeats == 1 else 2
 
 
 def abstract_params(cfg, mesh):
   """(graphdef, params): nested dicts of sharded ShapeDtypeStructs. `mesh` may be an AbstractMesh: no device
   is needed."""
+  cfg = fit(cfg, mesh)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
+  repeat = _repeat(cfg)
 
-  def one(param):
+  def one(path, param):
+    name = "/".join(map(str, path))
     value, axes = param.get_value(), param.get_metadata()["axes"]
-    stacked = (None,) * (value.ndim - len(axes))  # The dim of the groups leads and is never split.
-    spec = jax.P(*stacked, *cfg.rules(*axes))
-    return param.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place(mesh, spec)))
+    value = jax.eval_shape(lambda a: repeat(name, a), value)
+    n_stack = stack_dims(cfg, name)  # The last of these dims is split over the stages of a pipeline.
+    stacked = (None,) * (n_stack - 1) + ("layers" if name.startswith("blocks/") else None,) * bool(n_stack)
+    spec = cfg.rules(*stacked, *axes)
+    return path, param.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place(mesh, spec)))
 
-  is_param = lambda x: isinstance(x, nnx.Variable)
-  return graphdef, nnx.to_pure_dict(jax.tree.map(one, state, is_leaf=is_param))
+  leaves = [one(path, param) for path, param in nnx.to_flat_state(state)]
+  return graphdef, nnx.to_pure_dict(nnx.from_flat_state(leaves))
 
 
 def init_params(cfg, mesh, key):
   """(graphdef, params), born sharded: no device ever holds the whole model."""
   graphdef, abstract = abstract_params(cfg, mesh)
-  init = lambda key: nnx.to_pure_dict(nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))))
+  repeat = _repeat(cfg)
+
+  def init(key):
+    flat = nnx.to_flat_state(nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))))
+    flat = [(path, param.replace(repeat("/".join(map(str, path)), param.get_value()))) for path, param in flat]
+    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+
   return graphdef, jax.jit(init, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))(key)
+
+
+def _repeat(cfg):
+  """(path, array) -> the array, its groups as [repeats, groups / repeats] in a circular pipeline."""
+  v = cfg.pipeline_repeats
+  return lambda path, a: a.reshape(v, -1, *a.shape[1:]) if stack_dims(cfg, path) == 2 else a
 
 
 def unstack(cfg, params):
   """(params without the blocks' arrays, one tree of arrays a layer): decode reads each layer's weights where
   they lie, instead of a slice of the stack."""
-  n_in_group = len(cfg.windows)
-  slice_all = jax.jit(lambda blocks: [
-      jax.tree.map(lambda a, g=n // n_in_group: a[g], blocks[str(n % n_in_group)])
-      for n in range(cfg.n_layers)])
-  layers = slice_all(params["blocks"])
-  return {**params, "blocks": jax.tree.map(lambda a: jnp.zeros(()), params["blocks"])}, layers
+  stacks = {name: params[name] for name in ("first_blocks", "blocks") if name in params}
+
+  @jax.jit
+  def slice_all(stacks):
+    layers = []
+    for n in range(cfg.n_layers):
+      blocks, i, pick = layer_place(cfg, n)
+      layers.append(jax.tree.map(pick, stacks[blocks][i]))
+    return layers
+
+  return {**params, **jax.tree.map(lambda a: jnp.zeros(()), stacks)}, slice_all(stacks)

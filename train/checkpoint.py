@@ -47,6 +47,8 @@ FREE_TO_CHANGE = {
   "data.cache_path": "where the shards are; their manifest says what they are",
   "data.sources.max_epochs": "refuses a run, never changes a row",
   "mesh": "same numbers up to the order of summation, so not bit-identical",
+  "model.rules": "as the mesh", "model.context": "as the mesh", "model.exchange": "as the mesh",
+  "model.pipeline_microbatches": "as the mesh",
 }
 ABSENT = "(absent)"
 

@@ -9,6 +9,7 @@ import re
 from data.config import SOURCES, DataConfig
 from data.flags import leaves, walk
 from model.config import ModelConfig
+from model.context import check_context
 from model.lookup import check_choice
 from model.sharding import MESH_AXES, AxisRules, mesh_shape
 
@@ -28,24 +29,29 @@ RANGES = {
   "[1, inf)": (
     "steps", "batch_size", "seq_len", "accum_steps", "loss_chunk", "model.vocab_size", "model.n_layers",
     "model.d_model", "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.d_ff", "model.window",
-    "model.unroll", "model.n_experts", "model.n_experts_per_token", "data.sources[].documents",
+    "model.unroll", "model.n_experts", "model.n_experts_per_token", "model.d_expert",
+    "model.n_expert_groups", "model.n_groups_per_token", "model.pipeline_microbatches",
+    "model.pipeline_repeats", "mesh.slices", "data.sources[].documents",
     "data.tokenizer.vocab_size", "data.tokenizer.train_bytes", "data.workers", "data.prefetch",
     "optim.max_skips", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "eval.every",
     "eval.rows", "log.every", "log.profile_steps", "report.n_tokens"),
-  "[0, inf)": ("z_loss", "data.sources[].weight", "optim.warmup_steps", "optim.weight_decay",
+  "[0, inf)": ("z_loss", "model.n_shared_experts", "model.n_dense_layers", "balance.loss",
+               "balance.sequence_loss", "balance.z_loss", "balance.bias_rate",
+               "data.sources[].weight", "optim.warmup_steps", "optim.weight_decay",
                "report.temperature"),
   "(0, inf)": (
-    "model.attention_softcap", "model.logit_softcap", "model.embed_scale", "model.rope_theta",
+    "model.routed_scale", "model.capacity_factor", "model.attention_softcap", "model.logit_softcap", "model.embed_scale", "model.rope_theta",
     "model.norm_eps", "model.init_std", "data.sources[].max_epochs", "data.temperature", "optim.lr",
     "optim.eps", "optim.grad_clip", "optim.spike_sigma"),
   "[0, 1)": ("model.dropout", "data.val_fraction", "optim.b1", "optim.b2", "optim.momentum", "optim.ema"),
-  "[0, 1]": ("optim.decay_fraction", "optim.final_lr_fraction"),
+  "[0, 1]": ("balance.bias_until", "optim.decay_fraction", "optim.final_lr_fraction"),
   f"[0, {2**32})": ("seed",),
 }
 
 # Setting -> the names that it, or each entry of it, may be.
 CHOICES = {
   "model.layer_pattern": ("local", "global"),
+  "mesh.slice_axis": MESH_AXES,
   "data.sources[].kind": SOURCES,
   "data.packing": ("best_fit", "concat"),
   "data.tokenizer.kind": ("sentencepiece", "huggingface"),
@@ -61,6 +67,14 @@ CHOICES = {
 SET = "set"  # Neither None, 0, False nor empty.
 READ_IF = (
   ("model.init_std", "model.init", ("normal",)),
+  *((f"model.{name}", "model.ffn", ("moe",)) for name in (
+    "n_experts", "n_experts_per_token", "d_expert", "n_shared_experts", "n_dense_layers", "router", "router_bias",
+    "n_expert_groups", "n_groups_per_token", "routed_scale", "dispatch", "exchange")),
+  ("model.capacity_factor", "model.dispatch", ("capacity",)),
+  *((f"balance.{name}", "model.ffn", ("moe",)) for name in ("sequence_loss", "z_loss")),
+  ("balance.bias_rate", "model.router_bias", SET),
+  ("balance.bias_until", "model.router_bias", SET),
+  ("mesh.slice_axis", "mesh.slices", tuple(range(2, 1025))),
   ("data.sources[].path", "data.sources[].kind", tuple(k for k in SOURCES if k != "synthetic")),
   ("data.sources[].documents", "data.sources[].kind", ("synthetic",)),
   ("data.sources[].split", "data.sources[].kind", ("tfds",)),
@@ -141,13 +155,25 @@ class OptimConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MeshConfig:
-  """Devices along each axis; one may be -1: what is left."""
+  """Devices along each axis, from slow to fast links; one may be -1: what is left."""
   stage: int = 1
   data: int = 1
   fsdp: int = -1
   expert: int = 1
   seq: int = 1
   tensor: int = 1
+  slices: int = 1  # Groups of devices with a slow network between them,
+  slice_axis: str = "data"  # and the axis that goes over it.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class BalanceConfig:
+  """What keeps the experts of a mixture evenly loaded (train.balance), over the global batch."""
+  loss: float | None = None  # Switch's; None: 0.01, or 0 where model.router_bias does the work.
+  sequence_loss: float = 0.0  # Of each row by itself (DeepSeek V3: 1e-4).
+  z_loss: float = 0.0  # Mean squared log-normaliser of the router (ST-MoE: 1e-3).
+  bias_rate: float = 1e-3  # How far model.router_bias moves in a step,
+  bias_until: float = 1.0  # up to this share of the steps.
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -195,6 +221,7 @@ class TrainConfig:
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -215,6 +242,8 @@ class TrainConfig:
     self._validate_vocabulary()
     self.model.validate()
     self.optim.validate()
+    if self.balance.loss is None:
+      self.balance.loss = 0.01 if self.model.ffn == "moe" and not self.model.router_bias else 0.0
     if self.optim.warmup_steps >= self.steps:
       raise ValueError(f"optim.warmup_steps={self.optim.warmup_steps} must be below steps={self.steps}; "
                        f"nearest valid: {self.steps - 1}")
@@ -264,8 +293,11 @@ class TrainConfig:
   def _validate_rules(self):
     """Dims of one array are split over different axes: those of a weight, and those of an activation."""
     rules = self.model.rules
-    for one, others in (("embed", ("vocab", "heads", "kv_heads", "mlp")),
-                        ("batch", ("length", "vocab", "heads", "kv_heads", "mlp"))):
+    weight = ("vocab", "heads", "kv_heads", "mlp", "experts")
+    for one, others in (("embed", weight), ("gradient", weight), ("moment", weight), ("mlp", ("experts",)),
+                        ("layers", (*weight, "embed", "gradient", "moment", "batch", "length", "residual")),
+                        ("batch", ("length", "residual", "loss_length", "vocab", "heads", "kv_heads", "mlp")),
+                        ("length", ("heads", "kv_heads", "mlp")), ("loss_length", ("vocab",))):
       axes = getattr(rules, one)
       if len(set(axes)) < len(axes):
         raise ValueError(f"model.rules.{one}={axes} names an axis twice")
@@ -273,37 +305,80 @@ class TrainConfig:
         if both := set(axes) & set(getattr(rules, other)):
           raise ValueError(f"model.rules.{one}={axes} and model.rules.{other}={getattr(rules, other)} are of "
                            f"one array's dims, and both name {', '.join(sorted(both))}")
+    for one, other, why in (("experts", "batch", "tokens are exchanged over the axes of the experts"),
+                            ("length", "residual", "the residual stream is split as the length, or finer")):
+      if missing := set(getattr(rules, one)) - set(getattr(rules, other)):
+        raise ValueError(f"model.rules.{other}={getattr(rules, other)} lacks {', '.join(sorted(missing))} of "
+                         f"model.rules.{one}={getattr(rules, one)}: {why}")
 
   def _validate_mesh(self, n_devices):
-    sizes = dataclasses.asdict(self.mesh)
+    sizes = {axis: getattr(self.mesh, axis) for axis in MESH_AXES}
     if bad := {a: s for a, s in sizes.items() if s < 1 and s != -1}:
       raise ValueError(f"mesh: sizes {bad} must be at least 1, or -1 for what is left")
     if sum(s == -1 for s in sizes.values()) > 1:
       raise ValueError(f"mesh: only one axis may be -1, got {sizes}")
-    for axis in ("stage", "expert", "seq"):
-      if sizes[axis] != 1:
-        raise ValueError(f"mesh.{axis}={sizes[axis]}: no model part is split over it yet; nearest valid: 1")
     if n_devices is not None:
       sizes = dict(zip(MESH_AXES, mesh_shape(sizes, n_devices)))
-    vocab_size = self.model.vocab_size and self.model.padded_vocab_size
-    for name, value in (("n_heads", self.model.n_heads), ("n_kv_heads", self.model.n_kv_heads),
-                        ("d_ff", self.model.d_ff), ("padded_vocab_size", vocab_size)):
-      if value is not None and sizes["tensor"] > 0 and value % sizes["tensor"]:
-        raise ValueError(f"model.{name}={value} is not a multiple of mesh.tensor={sizes['tensor']}; "
-                         f"nearest valid mesh.tensor: {math.gcd(value, sizes['tensor'])}")
+    if sizes[self.mesh.slice_axis] % self.mesh.slices and sizes[self.mesh.slice_axis] != -1:
+      raise ValueError(f"mesh.{self.mesh.slice_axis}={sizes[self.mesh.slice_axis]}, the axis that goes over "
+                       f"mesh.slices={self.mesh.slices}, is not a multiple of it; nearest valid mesh.slices: "
+                       f"{math.gcd(sizes[self.mesh.slice_axis], self.mesh.slices)}")
+    ways = lambda rule: math.prod(max(sizes[axis], 1) for axis in getattr(self.model.rules, rule))
+    self._validate_splits(sizes, ways)
+    self._validate_rows(ways)
+    check_context(self.model, ways=ways("length"), heads_ways=ways("heads"), seq_len=self.seq_len)
+    if ways("layers") > 1:
+      self._validate_pipeline(ways("layers"))
+
+  def _validate_splits(self, sizes, ways):
+    """Every dimension is a multiple of the devices that it is split over."""
+    m = self.model
+    vocab_size = m.vocab_size and m.padded_vocab_size
+    dims = [("model.n_heads", m.n_heads, "heads"), ("model.d_ff", m.d_ff, "mlp"),
+            ("model.padded_vocab_size", vocab_size, "vocab")]
+    dims += [("model.d_model", m.d_model, rule) for rule in ("embed", "gradient", "moment")]
+    dims += [("seq_len", self.seq_len, rule) for rule in ("length", "residual", "loss_length")]
+    if m.ffn == "moe":
+      dims += [("model.n_experts", m.n_experts, "experts"), ("model.d_expert", m.d_expert, "mlp")]
+    for name, value, rule in dims:
+      if value is None or value % ways(rule) == 0:
+        continue
+      axes = [axis for axis in getattr(m.rules, rule) if sizes[axis] > 1]
+      raise ValueError(f"{name}={value} is not a multiple of {'*'.join('mesh.' + a for a in axes)}={ways(rule)}; "
+                       + (f"nearest valid mesh.{axes[0]}: {math.gcd(value, ways(rule))}" if len(axes) == 1 else
+                          _nearest_multiples(name, value, ways(rule))))
+
+  def _validate_rows(self, ways):
     if self.batch_size % self.accum_steps:
       raise ValueError(f"batch_size={self.batch_size} is not a multiple of accum_steps={self.accum_steps}; "
                        f"{_nearest_multiples('batch_size', self.batch_size, self.accum_steps)}")
-    ways = math.prod(max(sizes[axis], 1) for axis in self.model.rules.batch)
-    if self.batch_size // self.accum_steps % ways:
+    rows, step = self.batch_size // self.accum_steps, ways("batch")
+    if rows % step:
       raise ValueError(f"batch_size={self.batch_size} is not a multiple of "
-                       f"{'*'.join(self.model.rules.batch)}={ways} times accum_steps={self.accum_steps}; "
-                       f"{_nearest_multiples('batch_size', self.batch_size, ways * self.accum_steps)}")
-    for axis in self.model.rules.embed:
-      if self.model.d_model % max(sizes[axis], 1):
-        raise ValueError(f"model.d_model={self.model.d_model} is not a multiple of mesh.{axis}="
-                         f"{sizes[axis]}; nearest valid mesh.{axis}: "
-                         f"{math.gcd(self.model.d_model, sizes[axis])}")
+                       f"{'*'.join(self.model.rules.batch)}={step} times accum_steps={self.accum_steps}; "
+                       f"{_nearest_multiples('batch_size', self.batch_size, step * self.accum_steps)}")
+
+  def _validate_pipeline(self, p):
+    m, v = self.model, self.model.pipeline_repeats
+    micro = m.pipeline_microbatches or p
+    if m.dropout:
+      raise ValueError(f"model.dropout={m.dropout} is not supported with mesh.stage={p}: its masks would depend on "
+                       "the mesh; nearest valid: model.dropout=0.0, or mesh.stage=1")
+    if v > 1 and micro < p:
+      raise ValueError(f"model.pipeline_microbatches={micro} is less than mesh.stage={p}, which "
+                       f"model.pipeline_repeats={v} needs; nearest valid: {p}")
+    groups, group = (m.n_layers - m.n_dense_layers) // len(m.layer_pattern), len(m.layer_pattern)
+    if groups % (p * v):
+      layers = _nearest_multiples("", m.n_layers - m.n_dense_layers, p * v * group).removeprefix("nearest valid : ")
+      raise ValueError(f"model.n_layers={m.n_layers} less n_dense_layers={m.n_dense_layers}, in groups of {group}, "
+                       f"is not a multiple of mesh.stage={p} times model.pipeline_repeats={v}; nearest valid "
+                       f"number of layers in the pipeline: {layers}")
+    step = micro * self.accum_steps * math.prod(
+        max(getattr(self.mesh, axis), 1) for axis in m.rules.batch)
+    if self.batch_size % step:
+      raise ValueError(f"batch_size={self.batch_size} is not a multiple of model.pipeline_microbatches={micro} "
+                       f"times the {step // micro} devices and micro-batches that share it; "
+                       f"{_nearest_multiples('batch_size', self.batch_size, step)}")
 
 
 def _nearest_multiples(name, value, step):

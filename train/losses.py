@@ -5,7 +5,9 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from model.context import zigzag_order
 from model.kernels.attention import HIDDEN
+from model.sharding import ways
 
 
 class LossSpec(typing.NamedTuple):
@@ -14,15 +16,16 @@ class LossSpec(typing.NamedTuple):
   vocab_size: int
   softcap: float | None
   z_loss: float
-  batch_axes: tuple[str, ...]  # Mesh axes that split the tokens,
+  batch_axes: tuple[str, ...]  # Mesh axes that split the rows,
+  length_axes: tuple[str, ...]  # their tokens,
   vocab_axes: tuple[str, ...]  # and the vocabulary.
 
 
 def loss_spec(cfg, chunk: int, z_loss: float) -> LossSpec:
-  return LossSpec(chunk, cfg.vocab_size, cfg.logit_softcap, z_loss, cfg.rules.batch, cfg.rules.vocab)
+  rules = cfg.rules
+  return LossSpec(chunk, cfg.vocab_size, cfg.logit_softcap, z_loss, rules.batch, rules.loss_length, rules.vocab)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def cross_entropy(spec, x_BTD, head_DV, targets_BT, weights_BT):
   """Sums, not means: the caller divides by the tokens of all micro-batches and all devices.
 
@@ -38,6 +41,14 @@ def cross_entropy(spec, x_BTD, head_DV, targets_BT, weights_BT):
     (loss, (nll_B, z)): the weighted sum of nll + z_loss * logsumexp^2 over all tokens; and, for the eye only,
     the nll of each row and the sum of logsumexp^2.
   """
+  bt = jax.P(spec.batch_axes or None, spec.length_axes or None)
+  x_BTD, targets_BT, weights_BT = (
+      jax.sharding.reshard(a, jax.P(*bt, *[None] * (a.ndim - 2))) for a in (x_BTD, targets_BT, weights_BT))
+  return _cross_entropy(spec, x_BTD, head_DV, targets_BT, weights_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(spec, x_BTD, head_DV, targets_BT, weights_BT):
   return _over_devices(spec, False, x_BTD, head_DV, targets_BT, weights_BT)[:2]
 
 
@@ -52,15 +63,14 @@ def _backward(spec, grads, cotangent):
   return (dx_BTD * scale).astype(dx_BTD.dtype), (dhead_DV * scale).astype(dhead_DV.dtype), None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_devices(spec, with_grads, x_BTD, head_DV, targets_BT, weights_BT):
   """Runs `_on_device` on each device's tokens and slice of the vocabulary. The collectives are in there, by
   hand: one all-reduce of the head's gradient a call, not one a chunk."""
-  vocab = spec.vocab_axes or None
-  bt, btd = jax.P(spec.batch_axes or None, None), jax.P(spec.batch_axes or None, None, None)
-  b, dv = jax.P(spec.batch_axes or None), jax.P(None, vocab)
+  batch, length, vocab = (axes or None for axes in (spec.batch_axes, spec.length_axes, spec.vocab_axes))
+  bt, btd, b, dv = jax.P(batch, length), jax.P(batch, length, None), jax.P(batch), jax.P(None, vocab)
   out = (jax.P(), (b, jax.P())) + ((btd, dv) if with_grads else ())
   local = functools.partial(_on_device, spec, with_grads)
   return jax.shard_map(local, in_specs=(btd, dv, bt, bt), out_specs=out, check_vma=False)(
@@ -112,26 +122,39 @@ def _on_device(spec, with_grads, x_btD, head_Dv, targets_bt, weights_bt):
   zeros_Dv = jnp.zeros(head_Dv.shape, jnp.float32) if with_grads else None
   dhead_Dv, (nll, z, *dx) = jax.lax.scan(
       one_chunk, zeros_Dv, (split(x_btD), split(targets_bt), split(weights_bt)))
-  loss = _reduce(jax.lax.psum, nll.sum() + spec.z_loss * z.sum(), spec.batch_axes)
-  aux = join(nll).sum(1), _reduce(jax.lax.psum, z.sum(), spec.batch_axes)
+  token_axes = spec.batch_axes + spec.length_axes
+  loss = _reduce(jax.lax.psum, nll.sum() + spec.z_loss * z.sum(), token_axes)
+  aux = _reduce(jax.lax.psum, join(nll).sum(1), spec.length_axes), _reduce(jax.lax.psum, z.sum(), token_axes)
   if not with_grads:
     return loss, aux
   dx_btD = _reduce(jax.lax.psum, join(dx[0]), spec.vocab_axes).astype(x_btD.dtype)
-  return loss, aux, dx_btD, _reduce(jax.lax.psum, dhead_Dv, spec.batch_axes).astype(head_Dv.dtype)
+  return loss, aux, dx_btD, _reduce(jax.lax.psum, dhead_Dv, token_axes).astype(head_Dv.dtype)
 
 
 def _reduce(collective, x, axes):
   return collective(x, axes) if axes else x
 
 
+def in_order(cfg, batch):
+  """The tokens of each row as cfg.context wants them: with zigzag, a device that holds a part of a row holds an
+  early and a late one. Nothing of a token is lost by it: its position and segment go along."""
+  if cfg.context != "zigzag":
+    return batch
+  order_T = zigzag_order(batch["tokens"].shape[1], ways(jax.sharding.get_abstract_mesh(), cfg.rules.length))
+  return {name: a[:, order_T] for name, a in batch.items()}
+
+
 def next_token_loss(spec, model, batch, key=None):
-  """Args:
+  """The language model's part of the loss; what a router adds is train.balance.
+
+  Args:
     model: the merged Transformer.
     batch: tokens, targets, positions, segments [B, T] int32; weights [B, T] float32.
 
   Returns:
-    (loss, aux): the sum over tokens; aux has nll_B, z, and the model's own aux scalars.
+    (loss, aux): the sum over tokens; aux has nll_B, z, and "layers": what the blocks said (Transformer).
   """
-  x_BTD, aux = model(batch["tokens"], batch["positions"], batch["segments"], key=key)
+  batch = in_order(model.cfg, batch)
+  x_BTD, layers = model(batch["tokens"], batch["positions"], batch["segments"], key=key)
   loss, (nll_B, z) = cross_entropy(spec, x_BTD, model.head_DV(), batch["targets"], batch["weights"])
-  return loss, {"nll_B": nll_B, "z": z, **aux}
+  return loss, {"nll_B": nll_B, "z": z, "layers": layers}

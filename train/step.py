@@ -7,7 +7,8 @@ import optax
 from flax import nnx
 
 from model.transformer import abstract_params, init_params
-from train.losses import loss_spec, next_token_loss
+from train.balance import balance_loss, router_metrics, router_sums, update_biases, weigh
+from train.losses import in_order, loss_spec, next_token_loss
 from train.optim import learning_rate, make_optimizer
 
 GUARD_DECAY = 0.98  # Of the running mean and variance of the loss.
@@ -36,7 +37,8 @@ class TrainState:
 
 
 def init_state(cfg, mesh):
-  """(graphdef, TrainState), each array born in its shards. Moments take their parameter's sharding."""
+  """(graphdef, TrainState), each array born in its shards. Moments take their parameter's sharding, with "embed"
+  as the rules' "moment"."""
   tx = make_optimizer(cfg, abstract_params(cfg.model, mesh)[1])
   with jax.set_mesh(mesh):
     graphdef, params = init_params(cfg.model, mesh, jax.random.key(cfg.seed))
@@ -61,9 +63,21 @@ def _new_state(cfg, tx, params):
   number = lambda dtype: jnp.zeros((), dtype, out_sharding=jax.P())
   guard = Guard(number(jnp.float32), number(jnp.float32), number(jnp.int32), number(jnp.int32))
   # Whatever the parameters are.
-  as_float32 = lambda tree: jax.tree.map(lambda p: p.astype(jnp.float32), tree)
-  ema = None if cfg.optim.ema is None else as_float32(params)
-  return TrainState(number(jnp.int32), params, tx.init(as_float32(params)), ema, guard)
+  moved = _shard(jax.tree.map(lambda p: p.astype(jnp.float32), params), _specs(cfg, params, "moment"))
+  return TrainState(number(jnp.int32), params, tx.init(moved), None if cfg.optim.ema is None else moved, guard)
+
+
+def _specs(cfg, params, field):
+  """The specs of the parameters, of their gradients or of their moments: "embed" is split as `field` says. ZeRO
+  (arXiv:1910.02054): stage 1 splits the moments, 2 the gradients too, 3 (FSDP) all."""
+  mesh = jax.sharding.get_abstract_mesh()
+  rules = dataclasses.replace(cfg.model.rules, embed=getattr(cfg.model.rules, field))
+  _, abstract = abstract_params(dataclasses.replace(cfg.model, rules=rules), mesh)
+  return jax.tree.map(lambda a: a.sharding.spec, abstract)
+
+
+def _shard(tree, specs):
+  return jax.tree.map(jax.sharding.reshard, tree, specs)
 
 
 def make_train_step(cfg, graphdef, params):
@@ -80,56 +94,89 @@ def make_train_step(cfg, graphdef, params):
   def train_step(state, batch):
     lr = schedule(state.step)
     key = None if cfg.model.dropout == 0.0 else jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+    tokens = jnp.maximum(batch["weights"].sum(), 1.0)
     (loss, aux), grads = _accumulate(cfg, graphdef, state.params, batch, key)
-    tokens = batch["weights"].sum()
-    grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
-    loss = loss / jnp.maximum(tokens, 1.0)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    loss = loss / tokens
     grad_norm = optax.global_norm(grads)
     good, guard, sigmas = _watch(cfg.optim, state.guard, loss, grad_norm)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), state.params, updates)
+    # Each device updates its slice of the moments, and of the parameters, which are then put together again.
+    specs, moment_specs = _specs(cfg, state.params, "embed"), _specs(cfg, state.params, "moment")
+    old = _shard(state.params, moment_specs)
+    updates, opt_state = tx.update(_shard(grads, moment_specs), state.opt_state, old)
+    params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), old, updates)
+    sums = aux.pop("router")
+    params = update_biases(cfg, state.step, params, {i: s["load_E"] for i, s in sums.items()})
     ema = state.ema
     if ema is not None:
       ema = jax.tree.map(
           lambda e, p: e * cfg.optim.ema + (1 - cfg.optim.ema) * p.astype(e.dtype), ema, params)
-    new = (params, opt_state, ema)
-    old = (state.params, state.opt_state, state.ema)
+    new, old = (params, opt_state, ema), (old, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     everywhere = lambda a: jax.sharding.reshard(a, jax.P())  # So that each process can read it.
-    metrics = aux | {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "sigmas": sigmas,
-                     "skipped": guard.skipped, "nll_B": everywhere(aux["nll_B"]),
+    metrics = aux | {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": batch["weights"].sum(),
+                     "sigmas": sigmas, "skipped": guard.skipped, "nll_B": everywhere(aux["nll_B"]),
                      "weight_B": everywhere(batch["weights"].sum(1))}
-    return TrainState(state.step + 1, params, opt_state, ema, guard), metrics
+    metrics |= router_metrics(cfg.model, sums) if sums else {}
+    return TrainState(state.step + 1, _shard(params, specs), opt_state, ema, guard), metrics
 
   return train_step
 
 
 def _accumulate(cfg, graphdef, params, batch, key):
   """Loss and gradient summed over the micro-batches; rows i, i + k, i + 2k, ... make one, so every device
-  takes part."""
-  spec = loss_spec(cfg.model, cfg.loss_chunk, cfg.z_loss)
+  takes part.
+
+  Returns:
+    ((loss, aux), grads): the loss without what the routers add, which the gradient has; aux has nll_B, z, the
+    routers' losses, and "router": their sums (train.balance).
+  """
+  spec, k = loss_spec(cfg.model, cfg.loss_chunk, cfg.z_loss), cfg.accum_steps
+  gradient_specs = _specs(cfg, params, "gradient")
+  tokens, routed = batch["weights"].sum(), jnp.maximum((batch["segments"] > 0).sum().astype(jnp.float32), 1.0)
+  key_of = lambda index: None if key is None else jax.random.fold_in(key, index) if k > 1 else key
+  micros = (jnp.arange(k), _split(cfg, batch))
+  loads = None
+  if k > 1 and cfg.model.ffn == "moe" and cfg.balance.loss:
+    loads = _loads(graphdef, params, micros, key_of)  # The balance of all micro-batches, before any gradient.
 
   def gradient(batch, key):
-    loss = lambda params: next_token_loss(spec, nnx.merge(graphdef, params), batch, key)
-    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return (value, aux), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    def total(params):
+      loss, aux = next_token_loss(spec, nnx.merge(graphdef, params), batch, key)
+      sums = router_sums(aux.pop("layers"))
+      if not sums:
+        return loss, (loss, aux, {})
+      losses = balance_loss(cfg.balance, cfg.model, sums, loads or {i: s["load_E"] for i, s in sums.items()}, routed)
+      return loss + tokens * weigh(cfg.balance, losses), (loss, aux, {"router": sums, **losses})
 
-  k = cfg.accum_steps
+    grads, (loss, aux, routers) = jax.grad(total, has_aux=True)(params)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    return (loss, _shard(grads, gradient_specs), routers), aux
+
   if k == 1:
-    return gradient(batch, key)
+    (loss, grads, routers), aux = gradient(batch, key)
+  else:
+    add = lambda total, micro: (lambda new, aux: (jax.tree.map(jnp.add, total, new), aux))(
+        *gradient(micro[1], key_of(micro[0])))
+    types, _ = jax.eval_shape(gradient, jax.tree.map(lambda a: a[0], micros[1]), key)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), types)
+    (loss, grads, routers), aux = jax.lax.scan(add, zeros, micros)
+    aux = {"nll_B": aux["nll_B"].T.reshape(-1, out_sharding=cfg.model.rules("batch")), "z": aux["z"].sum()}
+  return (loss, {"router": {}, **aux, **routers}), grads
 
-  def add(total, micro):
+
+def _loads(graphdef, params, micros, key_of):
+  """How often each expert is chosen in the whole batch: one more forward pass, which the gradient of a balance
+  over all micro-batches takes."""
+  def count(micro):
     index, batch = micro
-    (loss, aux), grads = gradient(batch, None if key is None else jax.random.fold_in(key, index))
-    return jax.tree.map(jnp.add, total, (loss, grads)), aux
+    model = nnx.merge(graphdef, params)
+    batch = in_order(model.cfg, batch)
+    _, layers = model(batch["tokens"], batch["positions"], batch["segments"], key=key_of(index))
+    return {i: s["load_E"] for i, s in router_sums(layers).items()}
 
-  zeros = jax.tree.map(
-      lambda p: jnp.zeros(p.shape, jnp.float32, out_sharding=jax.typeof(p).sharding.spec), params)
-  (loss, grads), aux = jax.lax.scan(add, (jnp.zeros(()), zeros), (jnp.arange(k), _split(cfg, batch)))
-  nll_B = aux.pop("nll_B").T.reshape(-1, out_sharding=cfg.model.rules("batch"))
-  z = aux.pop("z").sum()
-  return (loss, {"nll_B": nll_B, "z": z, **jax.tree.map(lambda a: a.mean(0), aux)}), grads
+  return jax.tree.map(lambda a: a.sum(0), jax.lax.map(count, micros))
 
 
 def _watch(optim, guard, loss, grad_norm):

@@ -66,11 +66,20 @@ def chunked(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap):
   Blocks that causality or the window hides from all their queries are never computed, which at long T saves
   half.
   """
-  B, T, N, H = q_BTNH.shape
+  q_BKGTH, k_BKSH, v_BKSH = split_heads(q_BTNH, k_BSKH, v_BSKH)
+  return join_heads(_chunked(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask))
+
+
+def split_heads(q_BTNH, k_BSKH, v_BSKH):
+  """As `blockwise` takes them: q_BKGTH, k_BKSH, v_BKSH."""
+  B, T, _, H = q_BTNH.shape
   q_BKGTH = jnp.einsum("BTKGH->BKGTH", q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H))
-  k_BKSH, v_BKSH = (jnp.einsum("BSKH->BKSH", x) for x in (k_BSKH, v_BSKH))
-  out_BKGTH = _chunked(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask)
-  return jnp.einsum("BKGTH->BTKGH", out_BKGTH).reshape(q_BTNH.shape)
+  return q_BKGTH, *(jnp.einsum("BSKH->BKSH", x) for x in (k_BSKH, v_BSKH))
+
+
+def join_heads(out_BKGTH):
+  B, K, G, T, H = out_BKGTH.shape
+  return jnp.einsum("BKGTH->BTKGH", out_BKGTH).reshape(B, T, K * G, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -79,6 +88,28 @@ def _chunked(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask):
 
 
 def _chunked_forward(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask):
+  out_BKGTH, lse_BKGT = blockwise(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask)
+  out_BKGTH = out_BKGTH.astype(q_BKGTH.dtype)
+  return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, mask, out_BKGTH, lse_BKGT)
+
+
+def _chunked_backward(scale, cap, saved, dout_BKGTH):
+  q_BKGTH, k_BKSH, v_BKSH, mask, out_BKGTH, lse_BKGT = saved
+  delta_BKGT = row_delta(out_BKGTH, dout_BKGTH)
+  grads = blockwise_gradient(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask, lse_BKGT, delta_BKGT, dout_BKGTH)
+  return *(g.astype(x.dtype) for g, x in zip(grads, (q_BKGTH, k_BKSH, v_BKSH))), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def blockwise(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask):
+  """Attention to these keys alone, in float32.
+
+  Returns:
+    (out_BKGTH, lse_BKGT): lse is the logarithm of each row's normaliser, by which parts over different keys
+    are merged (model.context).
+  """
   out, lse = [], []
   for rows, key_blocks in _blocks(q_BKGTH.shape[3], k_BKSH.shape[2], mask):
     top_BKGT, total_BKGT, out_BKGTH = HIDDEN, 0.0, 0.0
@@ -93,16 +124,22 @@ def _chunked_forward(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask):
       out_BKGTH = out_BKGTH * shrink_BKGT[..., None] + value_BKGTH
     out.append(out_BKGTH / total_BKGT[..., None])
     lse.append(top_BKGT + jnp.log(total_BKGT))
-  out_BKGTH = jnp.concatenate(out, axis=3).astype(q_BKGTH.dtype)
-  return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, mask, out_BKGTH, jnp.concatenate(lse, axis=3))
+  return jnp.concatenate(out, axis=3), jnp.concatenate(lse, axis=3)
 
 
-def _chunked_backward(scale, cap, saved, dout_BKGTH):
-  """The weights of each block again, from the logarithm of each row's normaliser (algorithm 4 of
-  arXiv:2205.14135)."""
-  q_BKGTH, k_BKSH, v_BKSH, mask, out_BKGTH, lse_BKGT = saved
+def row_delta(out_BKGTH, dout_BKGTH):
+  """sum_s weight_s dweight_s of each query, over all its keys."""
+  return jnp.einsum("BKGTH,BKGTH->BKGT", out_BKGTH, dout_BKGTH, preferred_element_type=jnp.float32)
+
+
+def blockwise_gradient(scale, cap, q_BKGTH, k_BKSH, v_BKSH, mask, lse_BKGT, delta_BKGT, dout_BKGTH):
+  """What these keys are to the gradient of attention to perhaps more, whose normaliser and `row_delta` are
+  given: the weights of each block are made again from them (algorithm 4 of arXiv:2205.14135).
+
+  Returns:
+    (dq_BKGTH, dk_BKSH, dv_BKSH) in float32.
+  """
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  delta_BKGT = dot("BKGTH,BKGTH->BKGT", out_BKGTH, dout_BKGTH)
   dq, dk_BKSH, dv_BKSH = [], jnp.zeros(k_BKSH.shape, jnp.float32), jnp.zeros(v_BKSH.shape, jnp.float32)
   for rows, key_blocks in _blocks(q_BKGTH.shape[3], k_BKSH.shape[2], mask):
     dout, q, total = dout_BKGTH[..., rows, :], q_BKGTH[..., rows, :], 0.0
@@ -118,11 +155,7 @@ def _chunked_backward(scale, cap, saved, dout_BKGTH):
       dk_BKSH = dk_BKSH.at[:, :, keys].add(dot("BKGTS,BKGTH->BKSH", dlogits_BKGTS, q))
       total = total + dot("BKGTS,BKSH->BKGTH", dlogits_BKGTS, k_BKSH[:, :, keys])
     dq.append(total)
-  return (jnp.concatenate(dq, axis=3).astype(q_BKGTH.dtype), dk_BKSH.astype(k_BKSH.dtype),
-          dv_BKSH.astype(v_BKSH.dtype), None)
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+  return jnp.concatenate(dq, axis=3), dk_BKSH, dv_BKSH
 
 
 def _blocks(T, S, mask):

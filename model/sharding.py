@@ -142,10 +142,14 @@ def on_devices(f, in_specs: tuple, out_specs, *, check_vma: bool = True):
   @call.def_vmap
   def staged_call(n_stages, batched, *args):
     batched = tuple(batched)
-    dims = jax.tree.map(lambda b: 0 if b else None, batched)
+
+    def own_stage(*args):
+      args = jax.tree.map(lambda b, a: jax.lax.squeeze(a, (0,)) if b else a, batched, args)
+      return jax.tree.map(lambda a: a[None], f(*args))
+
     ins = jax.tree.map(lambda spec, b: in_front(spec) if b else spec, in_specs, batched, is_leaf=is_spec)
     outs = jax.tree.map(in_front, out_specs, is_leaf=is_spec)
-    result = whole(jax.vmap(f, in_axes=dims), ins, outs)(*args)
+    result = whole(own_stage, ins, outs)(*args)
     return result, jax.tree.map(lambda _: True, result)
 
   return call

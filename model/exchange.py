@@ -1,7 +1,7 @@
 """How tokens reach experts on other devices. Runs on each device, inside model.sharding.on_devices.
 
-An exchange takes the mesh axes that split the experts, of which device i has n_local from i * n_local on, and a
-dispatch of model.moe, whose first arguments are bound:
+An exchange takes the mesh axes that split the experts, of which device i has n_local from i * n_local on, and
+a dispatch of model.moe, whose first arguments are bound:
 dispatch(x_nD, ids_nk, weights_nk, n_experts, n_groups, move) -> (y_nD, dropped).
 """
 import functools
@@ -77,12 +77,10 @@ def shift(rows_mD, counts_sd, size, axes):
   before = lambda counts, axis: jnp.cumsum(counts, axis) - counts
   mine = lambda table: jax.lax.dynamic_index_in_dim(table, me, 0, keepdims=False)
   start, at = mine(before(counts_sd, 1)), mine(before(counts_sd, 0))
-  out = jnp.zeros((size, *rows_mD.shape[1:]), rows_mD.dtype)
-  args = [_vary_alike(a, rows_mD, counts_sd, me) for a in
-          (rows_mD, out, start, mine(counts_sd), at, mine(counts_sd.T))]
+  out = jnp.zeros_like(rows_mD, shape=(size, *rows_mD.shape[1:]))
   # XLA:CPU has none (jax issue 34755).
   return jax.lax.platform_dependent(
-      *args, cpu=functools.partial(emulated_ragged_all_to_all, axis_name=axes),
+      rows_mD, out, start, mine(counts_sd), at, mine(counts_sd.T), cpu=functools.partial(emulated_ragged_all_to_all, axis_name=axes),
       default=functools.partial(jax.lax.ragged_all_to_all, axis_name=axes))
 
 
@@ -120,7 +118,6 @@ def take(v_mD, index_p, inverse_mr):
   Args:
     inverse_mr: the places of the result that read row m; past the end where there are fewer than r.
   """
-  v_mD = _vary_alike(v_mD, index_p, inverse_mr)
   return v_mD.at[index_p].get(mode="fill", fill_value=0)
 
 
@@ -130,9 +127,3 @@ def _take_backward(inverse_mr, g_pD):
 
 
 take.defvjp(lambda v, index, inverse: (take(v, index, inverse), inverse), _take_backward)
-
-
-def _vary_alike(a, *others):
-  """The same array, of the type of one that differs over all mesh axes over which the others do."""
-  axes = frozenset().union(*(jax.typeof(o).vma for o in others)) - jax.typeof(a).vma
-  return jax.lax.pcast(a, tuple(axes), to="varying") if axes else a

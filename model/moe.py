@@ -88,7 +88,7 @@ def _on_device(cfg, x_btD, segment_bt, w_router_DE, bias_E, experts):
   y_btD = y_nD.reshape(b, t, D)
   if finer := rules.residual[len(rules.length):] if _out_length(rules) == "residual" else ():
     y_btD = jax.lax.psum_scatter(y_btD, finer, scatter_dimension=1, tiled=True)
-  y_btD = _sum(y_btD, tuple(a for a in rules.mlp if a not in finer))
+  y_btD = _sum(y_btD, tuple(axis for axis in rules.mlp if axis not in finer))
   return y_btD, _sums(cfg, (b, t), ids_nk, prob_nE, logits_nE, real_n, dropped)
 
 

@@ -18,7 +18,6 @@ import typing
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from model.hub.orbax import (
@@ -33,12 +32,15 @@ from model.hub.orbax import (
   write_manifest,
 )
 from train.config import CheckpointConfig
+from train.host import Stopwatch
+from train.together import agree
 
 # Settings that a resumed run may change freely, and why; any other one changes the numbers. A name
 # stands for all that is under it, and list indices are left out.
 FREE_TO_CHANGE = {
   "checkpoint": "when and what is kept does not touch the state",
   "log": "only what is written about the run",
+  "stall_s": "when processes give each other up, not what they compute",
   "report": "only what is written after the run",
   "eval.every": "evaluation reads the weights and draws no random numbers of the run's",
   "optim.max_skips": "decides when to give up, not what a step does",
@@ -74,14 +76,14 @@ class Checkpointer:
   and wait() before the process ends.
   """
 
-  def __init__(self, root, config: CheckpointConfig):
+  def __init__(self, root, config: CheckpointConfig, clock: Stopwatch | None = None):
     """Opens `root` (made if missing) and removes what an earlier, killed run left half done.
 
     Attributes:
       leftovers: the names of what was removed, on process 0.
     """
     self.root, self.config = pathlib.Path(root).absolute(), config
-    self.leftovers = []
+    self.leftovers, self._clock = [], clock or Stopwatch()
     self._writer = _make_writer()
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: tuple[int, concurrent.futures.Future] | None = None
@@ -187,8 +189,7 @@ class Checkpointer:
         found = -1 if step_dir is None else int(step_dir.name)
       except CheckpointError as e:
         found, error = -2, e
-    if jax.process_count() > 1:
-      found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    found = int(agree("restore", self._clock, np.int32(found))[0])
     if found == -2:
       raise error or CheckpointError(f"no good checkpoint under {self.root}: see process 0's error")
     return (None if found == -1 else found), rejected

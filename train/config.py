@@ -42,7 +42,7 @@ RANGES = {
   "(0, inf)": (
     "model.routed_scale", "model.capacity_factor", "model.attention_softcap", "model.logit_softcap", "model.embed_scale", "model.rope_theta",
     "model.norm_eps", "model.init_std", "data.sources[].max_epochs", "data.temperature", "optim.lr",
-    "optim.eps", "optim.grad_clip", "optim.spike_sigma"),
+    "optim.eps", "optim.grad_clip", "optim.spike_sigma", "stall_s"),
   "[0, 1)": ("model.dropout", "data.val_fraction", "optim.b1", "optim.b2", "optim.momentum", "optim.ema"),
   "[0, 1]": ("balance.bias_until", "optim.decay_fraction", "optim.final_lr_fraction"),
   f"[0, {2**32})": ("seed",),
@@ -217,6 +217,8 @@ class TrainConfig:
   accum_steps: int = 1  # Micro-batches per step.
   z_loss: float = 0.0  # Times the squared log-normaliser (PaLM: 1e-4).
   loss_chunk: int = 512  # Tokens per device whose logits exist at one time.
+  # Of several processes: one that does nothing for so long is named, and all exit (train.together).
+  stall_s: float = 300.0
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

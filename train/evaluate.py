@@ -4,11 +4,10 @@ import math
 import time
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from data.pipeline import Rows, val_batches
 from train.metrics import read_metrics
+from train.together import agree
 
 
 class Evaluation:
@@ -32,13 +31,15 @@ class Evaluation:
     agree."""
     done = (any(line["step"] == step and "eval/val/loss" in line for line in read_metrics(path))
             if path.exists() else False)
-    if jax.process_count() > 1:
-      done = bool(multihost_utils.broadcast_one_to_all(np.bool_(done)))
-    return self.is_due(step) and not done
+    return self.is_due(step) and not agree("evaluation", self.clock, done)[0]
 
   def at(self, step: int) -> dict:
     """The metrics of this step; empty if it was not evaluated."""
     return self._last[1] if self._last[0] == step else {}
+
+  def _next(self, batches):
+    with self.clock.within("waiting for data"):
+      return next(batches, None)
 
   def __call__(self, step, state, step_fn, write, stop) -> bool:
     """Evaluates and writes the metrics. False: a signal to stop cut it short, and the resumed run does it
@@ -46,7 +47,8 @@ class Evaluation:
     start, total = time.perf_counter(), collections.Counter()
     params = state.params if state.ema is None else state.ema
     with self.clock.within("evaluation"):
-      for batch in val_batches(self.rows, slots=self.feed.slots, limit=self.cfg.eval.rows):
+      batches = val_batches(self.rows, slots=self.feed.slots, limit=self.cfg.eval.rows)
+      while (batch := self._next(batches)) is not None:
         if jax.process_count() == 1 and stop.received:
           return False
         sums = jax.device_get(step_fn(params, self.feed.put(batch)))

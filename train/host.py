@@ -14,15 +14,19 @@ import time
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from train.together import agree, join
 
 ASK_EVERY_S = 2.0  # How often several processes tell each other whether one was told to stop.
 
 
-def start_distributed() -> None:
+def start_distributed(stall_s: float = 300.0) -> None:
   """Joins the other processes when a launcher or a TPU pod says that there are some; alone otherwise.
 
   Call it before StopSignal(): signals are ours, not those of JAX's preemption service.
+
+  Raises:
+    train.together.Apart: the others did not come.
   """
   jax.config.update("jax_enable_preemption_service", False)
   if jax.config.jax_platforms == "cpu" and jax.config.jax_num_cpu_devices > 1:
@@ -31,9 +35,9 @@ def start_distributed() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
   if "JAX_COORDINATOR_ADDRESS" in os.environ:
     number = lambda name: int(os.environ[name]) if name in os.environ else None
-    jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+    join(stall_s, num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
   elif _on_tpu_host() or int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
-    jax.distributed.initialize()  # The cluster says who is who.
+    join(stall_s)  # The cluster says who is who.
 
 
 def _on_tpu_host():
@@ -95,7 +99,9 @@ class StopSignal:
   """
   EXIT = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
-  def __init__(self):
+  def __init__(self, clock=None, watch=None):
+    """`clock` and `watch` (train.together.Watch) are needed where there are several processes."""
+    self._clock, self._watch = clock, watch
     self.at_once, self.received = True, None
     self._ask_at, self._asked = 0, (0, time.perf_counter())  # The next step to ask at; the last, and when.
     for number in self.EXIT:
@@ -107,6 +113,8 @@ class StopSignal:
       # library.
       print(f"stopped by {signal.Signals(number).name}; the same command starts again",
             file=sys.stderr, flush=True)
+      if self._watch is not None:
+        self._watch.stopped(number, self.EXIT[number])
       os._exit(self.EXIT[number])
     self.received = signal.Signals(number)
 
@@ -120,7 +128,7 @@ class StopSignal:
     if step < self._ask_at and not now:
       return False
     since = (time.perf_counter() - self._asked[1]) / max(step - self._asked[0], 1)
-    told = multihost_utils.process_allgather(np.array([self.received or 0, since], np.float32))
+    told = agree("stop", self._clock, np.array([self.received or 0, since], np.float32))
     self._asked = step, time.perf_counter()
     self._ask_at = step + int(np.clip(ASK_EVERY_S / max(told[:, 1].max(), 1e-3), 1, 100))
     if told[:, 0].any():
@@ -133,16 +141,26 @@ class StopSignal:
 
 
 class Stopwatch:
-  """Where the wall time goes: always in exactly one phase, so the phases sum to the whole."""
+  """Where the wall time goes: always in exactly one phase, so the phases sum to the whole.
+
+  train.together tells the other processes where this one is by it.
+
+  Attributes:
+    step: of the training; the loop sets it.
+    marks: how many phases were entered: the same in all processes when they are at the same place.
+    notes: of one process, that a long phase goes on.
+  """
 
   def __init__(self):
     self.seconds, self.phase, self.since = collections.Counter(), "start", time.perf_counter()
+    self.step, self.marks, self.notes = 0, 0, 0
 
   def enter(self, phase):
     """Ends the phase that runs and begins another; returns the one that ended."""
     now = time.perf_counter()
     self.seconds[self.phase] += now - self.since
     before, self.phase, self.since = self.phase, phase, now
+    self.marks += 1
     return before
 
   @contextlib.contextmanager
@@ -154,7 +172,8 @@ class Stopwatch:
       self.enter(before)
 
   def describe(self) -> str:
-    self.enter(self.phase)
+    self.seconds[self.phase] += time.perf_counter() - self.since
+    self.since = time.perf_counter()
     total = sum(self.seconds.values())
     parts = ", ".join(f"{name} {s:.1f} s ({s / total:.0%})" for name, s in self.seconds.most_common())
     return f"time: {total:.1f} s: {parts}"

@@ -8,8 +8,6 @@ import typing
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
 from data.flags import as_json, git_state, versions, write_config_json
 from data.pipeline import Rows, make_batches
@@ -24,6 +22,7 @@ from train.log import StepLog
 from train.metrics import MetricsWriter, Progress, peak_flops
 from train.profile import StepTrace
 from train.step import abstract_state, init_state, make_eval_step, make_train_step
+from train.together import agree
 
 
 class Run(typing.NamedTuple):
@@ -48,7 +47,7 @@ def prepare_run(cfg, clock: Stopwatch) -> Run:
   cache = CompileCache(pathlib.Path(cfg.data.cache_path) / "jax")
   mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
   with clock.within("preparing data"):
-    prepared = _prepare(cfg, progress.note)
+    prepared = _prepare(cfg, progress.note, clock)
   rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed,
               steps=cfg.steps)
   return Run(mesh, prepared, rows, progress, cache, clock, peak_flops(jax.devices()))
@@ -72,22 +71,23 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
   evaluation = Evaluation(cfg, prepared, feed, clock)
   meta = {"config": as_json(cfg), "data": prepared.content_hash, "git": git_state(),
           "versions": versions(["jax", "flax", "orbax-checkpoint"])}
-  checkpoints = Checkpointer(workdir / "checkpoints", cfg.checkpoint)
+  checkpoints = Checkpointer(workdir / "checkpoints", cfg.checkpoint, clock)
   with jax.set_mesh(mesh), \
       MetricsWriter(workdir, cfg.log, primary=jax.process_index() == 0) as writer, progress, \
       contextlib.ExitStack() as at_exit:
     at_exit.callback(checkpoints.wait)  # A save that is under way is finished whatever happens here.
     graphdef, abstract = abstract_state(cfg, mesh)
-    state, tokens = _restore(checkpoints, abstract, meta, allowed, writer, progress)
+    with clock.within("restoring"):
+      state, tokens = _restore(checkpoints, abstract, meta, allowed, writer, progress)
     if jax.process_index() == 0:
       write_config_json(workdir / "config.json", cfg, overrides)
       keep_tokenizer(prepared.tokenizer_path, cfg.data.tokenizer.kind, workdir)
     stop.at_once = False  # From here on there is something to save.
     with clock.within("compiling"):
       step_fn, eval_fn = _compile(cfg, graphdef, abstract, feed, cache, progress)
-    if fresh := state is None:
-      state = init_state(cfg, mesh)[1]
-    step = int(state.step)
+      if fresh := state is None:
+        state = init_state(cfg, mesh)[1]
+    step = clock.step = int(state.step)
     log = StepLog(cfg, workdir, rows, writer, progress, tokens)
     log.describe(state.params, *peak)
 
@@ -121,7 +121,7 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
       batch = next(batches)
       with jax.transfer_guard("disallow"):
         state, metrics = step_fn(state, batch)
-      step += 1
+      step = clock.step = step + 1
       log.later(step, metrics, state.params, feed.wait_s)
       if trace and (table := trace.after(step, state)):
         progress.note(table)
@@ -142,16 +142,21 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
   return 0
 
 
-def _prepare(cfg, note):
-  """Tokenised shards, made by the first process; the others wait for them."""
+def _prepare(cfg, note, clock):
+  """Tokenised shards, made by the first process; the others wait for them, as long as it says something."""
   error = None
+
+  def log(*what):
+    clock.notes += 1
+    note(*what)
+
   if jax.process_index() == 0:
     try:
-      prepared = prepare(cfg.data, log=note)
+      prepared = prepare(cfg.data, log=log)
     except (ValueError, OSError, RuntimeError) as e:
       error = e
-  if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(error is not None)):
-    raise error or RuntimeError("process 0 could not prepare the data: see its message")
+  if agree("data", clock, error is not None)[0] and jax.process_index() != 0:
+    raise error or ValueError("process 0 could not prepare the data: see its message")
   if error is not None:
     raise error
   if jax.process_index() != 0:

@@ -12,6 +12,8 @@ import pathlib
 import re
 import shlex
 import sys
+import time
+import traceback
 
 from data.flags import as_json, leaves, load
 
@@ -96,9 +98,33 @@ def lock(workdir):
   return file
 
 
+def check_shared(workdir, clock):
+  """Raises ValueError, in all processes, if one does not see in `workdir` what process 0 writes there."""
+  import jax
+  import numpy as np
+
+  from train.together import agree
+  if jax.process_count() == 1:
+    return
+  token = agree("start", clock, np.int32(time.time_ns() % 2**31))[0]
+  mark = workdir / f".shared-{token}"  # A new name: no file system remembers that it was not there.
+  if jax.process_index() == 0:
+    mark.touch()
+  agree("workdir", clock, 0)
+  sees_it = mark.exists()
+  blind = np.flatnonzero(~agree("workdir", clock, sees_it)).tolist()
+  if jax.process_index() == 0:
+    mark.unlink()
+  if blind:
+    raise ValueError(f"--workdir={workdir} is not shared: process {', '.join(map(str, blind))} of "
+                     f"{jax.process_count()} does not see what process 0 writes there; give one that all "
+                     "hosts see")
+
+
 def main(argv=None) -> int:
   cfg, args = parse(argv)
-  from train.host import StopSignal, Stopwatch, is_cpu_host, keep_memory, start_distributed
+  from train.host import Stopwatch, is_cpu_host, keep_memory, start_distributed
+  from train.together import Apart, Watch
   clock = Stopwatch()
   workdir = pathlib.Path(args.workdir) if args.workdir else default_workdir(cfg, args.config)
   try:
@@ -106,34 +132,66 @@ def main(argv=None) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     if is_cpu_host():
       keep_memory()
-    start_distributed()
-    stop = StopSignal()
-    import jax
-    holder = lock(workdir) if jax.process_index() == 0 else None
-    from train.loop import prepare_run, train
-    run = prepare_run(cfg, clock)
+    start_distributed(cfg.stall_s)
   except (ValueError, PermissionError) as e:
     print(f"train.main: error: {e}", file=sys.stderr)
     return 2
+  except Apart as e:
+    print(f"train.main: failed: {e}", file=sys.stderr)
+    return 1
+  watch = Watch(clock, cfg.stall_s)
+  try:
+    code = run(cfg, args, workdir, clock, watch)
+    watch.close()
+    return code
+  except Failed as e:
+    print(f"train.main: {e}", file=sys.stderr)
+    return watch.leave(e.code, str(e))
+  except Exception as e:
+    if watch.alone:
+      raise
+    traceback.print_exc()
+    return watch.leave(1, f"{type(e).__name__}: {str(e)[:200]}")
+
+
+class Failed(Exception):
+  """What the user is told in one line, and the exit code."""
+
+  def __init__(self, code, text):
+    super().__init__(text)
+    self.code = code
+
+
+def run(cfg, args, workdir, clock, watch) -> int:
+  """Raises Failed."""
+  import jax
+
   from model.hub.orbax import CheckpointError
   from train.checkpoint import Refused
+  from train.host import StopSignal
   from train.log import TooManySkips
+  from train.loop import prepare_run, train
   from train.report import write_report
+  stop = StopSignal(clock, watch)
+  try:
+    check_shared(workdir, clock)
+    holder = lock(workdir) if jax.process_index() == 0 else None  # Held as long as it is referred to.
+    prepared = prepare_run(cfg, clock)
+  except (ValueError, PermissionError) as e:
+    raise Failed(2, f"error: {e}") from e
   command = shlex.join(["python", "-m", "train.main", f"--config={args.config}",
                         *(f"--config.{o}" for o in args.overrides), f"--workdir={workdir}"])
   try:
-    code = train(cfg, workdir, run, overrides=args.overrides, allowed=args.allow_change, stop=stop,
+    code = train(cfg, workdir, prepared, overrides=args.overrides, allowed=args.allow_change, stop=stop,
                  profile=args.profile)
     stop.at_once = True  # All is saved.
     if code == 0:
-      write_report(cfg, workdir, run, command)
+      write_report(cfg, workdir, prepared, command)
     return code
   except Refused as e:
-    print(f"train.main: error: {e}", file=sys.stderr)
-    return 2
+    raise Failed(2, f"error: {e}") from e
   except (CheckpointError, TooManySkips, OSError) as e:
-    print(f"train.main: failed: {type(e).__name__}: {e}", file=sys.stderr)
-    return 1
+    raise Failed(1, f"failed: {type(e).__name__}: {e}") from e
   finally:
     if holder is not None:
       holder.close()

@@ -1,8 +1,8 @@
 """How attention reaches the keys of a row whose length is split over devices.
 
-Each function of CONTEXT runs on every device inside shard_map. Shapes: b rows, t tokens, N query and K kv heads
-of this device; in the ring, C leads where t is cut into chunks. Queries and keys of one segment must be as far
-apart in position as they are in the row.
+Each function of CONTEXT runs on every device inside shard_map. Shapes: b rows, t tokens, N query and K kv
+heads of this device, H head dim; in the ring, C leads where t is cut into chunks; P devices share a row.
+Queries and keys of one segment must be as far apart in position as they are in the row.
 """
 import functools
 import math
@@ -58,8 +58,8 @@ def ring(axes, kernel, q_btNH, k_btKH, v_btKH, pos_bt, segment_bt, window, *, sc
 
 
 def zigzag(*args, **settings):
-  """The ring where device i holds the chunks i and 2P - 1 - i of 2P (`zigzag_order`), and all work equally long
-  at every step (arXiv:2311.09431)."""
+  """The ring where device i holds the chunks i and 2P - 1 - i of 2P (`zigzag_order`; the split of
+  arXiv:2407.21783): all have as much to compute, at every step."""
   return ring(*args, **settings, chunks=2)
 
 
@@ -88,22 +88,24 @@ def check_context(cfg, *, ways: int, heads_ways: int, seq_len: int | None):
                      "'chunked', or model.context='gather'")
   heads = cfg.n_heads // heads_ways
   if cfg.context == "ulysses" and heads % ways:
-    step = ways * heads_ways
-    low = cfg.n_heads // step * step
-    raise ValueError(f"model.context='ulysses' deals the {heads} heads that each device has of model.n_heads="
+    raise ValueError(f"model.context='ulysses' deals the {heads} heads that a device has of model.n_heads="
                      f"{cfg.n_heads} to the {ways} devices of a row, which must divide them; nearest valid: "
-                     f"a row over {math.gcd(heads, ways)}, or model.n_heads={low or step}, {low + step}")
+                     f"a row over {math.gcd(heads, ways)}, or model.n_heads="
+                     f"{_nearest(cfg.n_heads, ways * heads_ways)}")
   if cfg.context == "zigzag" and seq_len is not None and seq_len % (2 * ways):
-    step = 2 * ways
-    low = seq_len // step * step
-    raise ValueError(f"model.context='zigzag' cuts a row into {step} equal chunks, two for each of {ways} "
-                     f"devices, which seq_len={seq_len} is not a multiple of; nearest valid seq_len: "
-                     f"{low or step}, {low + step}")
+    raise ValueError(f"model.context='zigzag' cuts a row into {2 * ways} equal chunks, two for each of "
+                     f"{ways} devices, which seq_len={seq_len} is not a multiple of; nearest valid seq_len: "
+                     f"{_nearest(seq_len, 2 * ways)}")
+
+
+def _nearest(value, step):
+  low = value // step * step
+  return ", ".join(str(v) for v in (low, low + step) if v)
 
 
 def work(ways: int, size: int, chunks: int, window: int | None) -> np.ndarray:
-  """int [device, step]: the query-key pairs that each device of a ring computes at each step, holding `chunks`
-  of `size` tokens."""
+  """int [device, step]: the query-key pairs that each device of a ring computes at each step, where it holds
+  `chunks` of `size` tokens."""
   rank, step = np.indices((ways, ways))
   pairs = np.zeros((ways, ways), np.int64)
   for query in _held(rank, ways, chunks):

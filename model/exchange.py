@@ -80,7 +80,8 @@ def shift(rows_mD, counts_sd, size, axes):
   out = jnp.zeros_like(rows_mD, shape=(size, *rows_mD.shape[1:]))
   # XLA:CPU has none (jax issue 34755).
   return jax.lax.platform_dependent(
-      rows_mD, out, start, mine(counts_sd), at, mine(counts_sd.T), cpu=functools.partial(emulated_ragged_all_to_all, axis_name=axes),
+      rows_mD, out, start, mine(counts_sd), at, mine(counts_sd.T),
+      cpu=functools.partial(emulated_ragged_all_to_all, axis_name=axes),
       default=functools.partial(jax.lax.ragged_all_to_all, axis_name=axes))
 
 

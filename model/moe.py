@@ -160,9 +160,10 @@ def dropless(experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, mov
   rows_mD = take(x_nD, source_m // k, places_nk)
   rows_mD, sizes_e, back = move(rows_mD, sizes_E) if move else (rows_mD, sizes_E, lambda rows: rows)
   w_gate, w_up, w_down = experts
-  h_mF = (jax.nn.silu(jax.lax.ragged_dot(rows_mD, w_gate, sizes_e))
-          * jax.lax.ragged_dot(rows_mD, w_up, sizes_e))
-  out_mD = back(jax.lax.ragged_dot(h_mF, w_down, sizes_e))
+  # Sharding is said for JAX's look at one stage of a pipeline, where it infers none.
+  product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes_e, out_sharding=jax.P(None, None))
+  h_mF = jax.nn.silu(product(rows_mD, w_gate)) * product(rows_mD, w_up)
+  out_mD = back(product(h_mF, w_down))
   return _combine(out_mD, source_m, places_nk, weights_nk), jnp.zeros((), jnp.int32)
 
 

@@ -23,6 +23,18 @@ def count_parameters(params) -> dict[str, int]:
   return dict(parts.most_common())
 
 
+def active_parameters(cfg, params) -> int:
+  """Parameters that one token meets: of the routed experts those that it is sent to."""
+  total = 0
+  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    words = [str(p.key) for p in path]
+    routed = cfg.ffn == "moe" and words[0] == "blocks" and words[-2] == "ffn" and (
+        words[-1] in ("w_gate", "w_up", "w_down"))
+    size = math.prod(leaf.shape)
+    total += size * cfg.n_experts_per_token // cfg.n_experts if routed else size
+  return total
+
+
 def flops_per_token(cfg, seq_len: int, n_params: int, *, causal: bool = True) -> float:
   """FLOPs of training (forward and backward) per token: 6 per parameter that multiplies, which the head does
   and the embedding look-up does not, and 12 per head dimension and query-key pair. Remat does not count.

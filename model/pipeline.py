@@ -47,8 +47,9 @@ def pipeline(stage_fn, params, x_BTD, others, *, n_stages: int, n_micro: int, re
     current = [jnp.where(_like(stage_P == 0, a.ndim), new, a) for new, a in zip(fresh, (x, *rest))]
     item_P = t - stage_P
     visit_P = jnp.clip(item_P // m, 0, v - 1)
+    layers = _choose(chunks, visit_P, v, rules)
     with staged():
-      x, aux = jax.vmap(stage_fn)(_choose(chunks, visit_P, v, rules), *current)
+      x, aux = jax.vmap(stage_fn)(layers, *current)
     real_P = (item_P >= 0) & (item_P < m * v)
     total = jax.tree.map(lambda a, new: a + _at_visit(new, visit_P, real_P, v), total, aux)
     current = [_shift(a, p) for a in (x, *current[1:])]
@@ -57,8 +58,8 @@ def pipeline(stage_fn, params, x_BTD, others, *, n_stages: int, n_micro: int, re
     return (current, jnp.where(done >= 0, update, buffer), total), None
 
   with staged():
-    shapes = jax.eval_shape(lambda c, a: jax.vmap(stage_fn)(_choose(c, stage_P * 0, v, rules), *a)[1],
-                            chunks, current)
+    shapes = jax.eval_shape(lambda layers, x: jax.vmap(stage_fn)(layers, *x)[1],
+                            jax.tree.map(lambda a: a[:, 0], chunks), current)
   total = jax.tree.map(lambda a: jnp.zeros((p, v, *a.shape[1:]), a.dtype, out_sharding=rules("layers")), shapes)
   (_, buffer, total), _ = jax.lax.scan(iteration, (current, buffer, total), jnp.arange(iterations(p, m, v)))
   out = jnp.where(_like(stage_P == 0, buffer.ndim), buffer, 0).sum(0)

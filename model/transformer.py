@@ -216,9 +216,12 @@ def _stacks(cfg, n_layers, ffn, rngs):
   """str(i) -> the blocks at place i of the pattern, stacked."""
   stacks, n_groups = nnx.Dict(), n_layers // len(cfg.windows)
   for i, window in enumerate(cfg.windows):
-    make = nnx.vmap(lambda key, window=window: Block(cfg, window, ffn, rngs=nnx.Rngs(key)))
-    stacks[str(i)] = make(jax.random.split(rngs.params(), n_groups))
+    stacks[str(i)] = _stack(cfg, window, ffn, jax.random.split(rngs.params(), n_groups))
   return stacks
+
+
+def _stack(cfg, window, ffn, keys):
+  return nnx.vmap(lambda key: Block(cfg, window, ffn, rngs=nnx.Rngs(key)))(keys)
 
 
 def layer_place(cfg, n: int):

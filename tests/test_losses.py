@@ -34,7 +34,7 @@ def dense(x_BTD, head_DV, targets_BT, weights_BT, softcap, z_loss):
 @pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (3.0, 1e-2)])
 def test_equals_dense(mesh_name, chunk, softcap, z_loss):
   mesh = mesh_of(mesh_name)
-  spec = LossSpec(chunk, REAL, softcap, z_loss, TRAIN.batch, TRAIN.vocab)
+  spec = LossSpec(chunk, REAL, softcap, z_loss, TRAIN.batch, TRAIN.loss_length, TRAIN.vocab)
   x, head, targets, weights = arrays()
   (want, want_B), (want_dx, want_dhead) = jax.value_and_grad(dense, (0, 1), has_aux=True)(
       x, head, targets, weights, softcap, z_loss)
@@ -59,7 +59,7 @@ def test_equals_dense(mesh_name, chunk, softcap, z_loss):
 
 
 def test_uniform_logits_give_log_of_vocabulary():
-  spec = LossSpec(16, REAL, None, 0.0, (), ())
+  spec = LossSpec(16, REAL, None, 0.0, (), (), ())
   x, head, targets, _ = arrays()
   with jax.set_mesh(mesh_of("one")):
     loss, _ = cross_entropy(spec, x * 0, head, targets, np.ones((B, T), np.float32))
@@ -72,7 +72,7 @@ def test_memory_does_not_grow_with_the_logits():
   shapes = [jax.ShapeDtypeStruct(s, dt) for s, dt in
             (((b, t, d), jnp.float32), ((d, v), jnp.float32), ((b, t), jnp.int32), ((b, t), jnp.float32))]
   def temporary(chunk):
-    spec = LossSpec(chunk, v, None, 0.0, (), ())
+    spec = LossSpec(chunk, v, None, 0.0, (), (), ())
     f = jax.jit(jax.grad(lambda *a: cross_entropy(spec, *a)[0], (0, 1)))
     with jax.set_mesh(mesh_of("one")):
       return f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes

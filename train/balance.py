@@ -9,7 +9,7 @@ def router_sums(layers: dict) -> dict:
   return {i: aux for i, aux in layers.items() if "load_E" in aux}
 
 
-def balance_loss(balance, cfg, sums, loads, n_tokens):
+def balance_losses(cfg, sums, loads, n_tokens):
   """The losses of all routers, per token and summed over the layers.
 
   balance.loss is Switch's (arXiv:2101.03961): E sum_i f_i P_i, with f the share of choices and P the mean

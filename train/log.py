@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.count import flops_per_token
+from model.count import active_parameters, flops_per_token
 from train.metrics import describe_mfu, mfu
 from train.optim import path_name
 
@@ -17,6 +17,10 @@ HIDDEN = ("tokens", "sigmas", "z")
 
 class TooManySkips(RuntimeError):
   """More steps in a row were skipped than optim.max_skips."""
+
+
+class LostLoss(RuntimeError):
+  """An auxiliary loss that is asked for does not arrive."""
 
 
 class StepLog:
@@ -32,11 +36,13 @@ class StepLog:
 
   def describe(self, params, peak, source):
     """Says what the model costs, and against which peak (train.metrics.peak_flops) its use is counted."""
-    n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
-    self._flops_per_token = flops_per_token(self.cfg.model, self.cfg.seq_len, n_params)
+    n_params, active = (sum(math.prod(a.shape) for a in jax.tree.leaves(params)),
+                        active_parameters(self.cfg.model, params))
+    self._flops_per_token = flops_per_token(self.cfg.model, self.cfg.seq_len, active)
     self._peak = peak
-    self.progress.note(f"model: {n_params / 1e6:.1f}M parameters, "
-                       f"{self._flops_per_token / 1e6:.1f} MFLOP a token")
+    met = f"{n_params / 1e6:.1f}M parameters" + (
+        f", of which a token meets {active / 1e6:.1f}M" if active < n_params else "")
+    self.progress.note(f"model: {met}, {self._flops_per_token / 1e6:.1f} MFLOP a token")
     self.progress.note(describe_mfu(source))
     self._read = time.perf_counter()
 
@@ -76,9 +82,24 @@ class StepLog:
       self.write(step, {**{k: float(metrics[k]) for k in (*FIRST, *others)}, "tokens": self.tokens,
                         "tokens_per_s": tokens / seconds,
                         "mfu": mfu(tokens / seconds * self._flops_per_token, self._peak),
-                        "data_wait_ms": 1e3 * wait_s, "step_ms": 1e3 * seconds})
+                        "data_wait_ms": 1e3 * wait_s, "step_ms": 1e3 * seconds, **_routers(metrics)})
+    if step == 1:
+      self._check_balance(metrics)
     if skipped:
       self._explain(step, metrics, params)
+
+  def _check_balance(self, metrics):
+    """A loss that the settings ask for is there: it is never exactly 0, however even the experts' loads.
+
+    Raises:
+      LostLoss: it is 0.
+    """
+    balance = self.cfg.balance
+    for name, weight, setting in (("balance_loss", balance.loss, "loss"), ("router_z_loss", balance.z_loss, "z_loss"),
+                                  ("sequence_loss", balance.sequence_loss, "sequence_loss")):
+      if weight and not metrics.get(name, 0.0) > 0:
+        raise LostLoss(f"balance.{setting}={weight}, but {name} is {metrics.get(name)} in the first step: model.ffn="
+                       f"{self.cfg.model.ffn!r} does not report it")
 
   def _explain(self, step, metrics, params):
     """A skipped step: its rows, the worst first, in a file; too many in a row end the run."""
@@ -104,3 +125,10 @@ class StepLog:
           f"rows in {path.parent}. To go on: a lower optim.lr, or "
           f"optim.spike_sigma={self.cfg.optim.spike_sigma} raised or None, "
           "with --allow_change for what you change")
+
+
+def _routers(metrics):
+  """The health of the routers, per layer as lists, and of the worst layer as numbers that can be plotted."""
+  layers = {name: np.asarray(v) for name, v in metrics.items() if name.startswith("moe/")}
+  worst = {f"{name}/worst": v.min() if name == "moe/entropy" else v.max() for name, v in layers.items()}
+  return layers | worst

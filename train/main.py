@@ -169,7 +169,7 @@ def run(cfg, args, workdir, clock, watch) -> int:
   from model.hub.orbax import CheckpointError
   from train.checkpoint import Refused
   from train.host import StopSignal
-  from train.log import TooManySkips
+  from train.log import LostLoss, TooManySkips
   from train.loop import prepare_run, train
   from train.report import write_report
   stop = StopSignal(clock, watch)
@@ -190,7 +190,7 @@ def run(cfg, args, workdir, clock, watch) -> int:
     return code
   except Refused as e:
     raise Failed(2, f"error: {e}") from e
-  except (CheckpointError, TooManySkips, OSError) as e:
+  except (CheckpointError, LostLoss, TooManySkips, OSError) as e:
     raise Failed(1, f"failed: {type(e).__name__}: {e}") from e
   finally:
     if holder is not None:

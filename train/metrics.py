@@ -172,7 +172,9 @@ def _number(value):
 
 
 def _plain(value):
-  """A JSON value; float32 scalars become the double of the same value."""
+  """A JSON value; float32 scalars become the double of the same value, vectors lists."""
+  if getattr(value, "ndim", 0) == 1:
+    return [_plain(v) for v in value]
   if value is None or isinstance(value, str | bool | int):
     return value
   value = value.item() if hasattr(value, "item") else value

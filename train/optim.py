@@ -1,5 +1,6 @@
 """Optimizers, schedules and per-parameter rules. All of the mathematics is optax's; this file puts it in
 order."""
+import functools
 import re
 import typing
 
@@ -11,50 +12,50 @@ from optax.contrib._muon import scale_by_shape
 
 from model.lookup import lookup
 from model.sharding import abstract_mesh
-from model.transformer import abstract_params
+from model.transformer import abstract_params, stack_dims
 
 
-def _adam(o):
+def _adam(o, model=None):
   return optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
 
 
-def _adafactor(o):
+def _adafactor(o, model):
   """Factored second moments (arXiv:1804.04235) without relative steps: the schedule is the step size."""
   return optax.chain(optax.scale_by_factored_rms(epsilon=o.eps), optax.clip_by_block_rms(1.0))
 
 
-def _lion(o):
+def _lion(o, model):
   return optax.scale_by_lion(b1=o.b1, b2=o.b2)
 
 
-def _sgd(o):
+def _sgd(o, model):
   return optax.trace(decay=o.momentum)
 
 
-def _muon(o):
+def _muon(o, model):
   """Muon (Jordan et al. 2024) at Adam's RMS (arXiv:2502.16982) for the blocks' matrices, Adam for the
   rest."""
-  muon = optax.chain(
-      contrib.scale_by_muon(beta=o.momentum, weight_dimension_numbers=_matrices),
-      scale_by_shape(weight_dimension_numbers=_matrices, consistent_rms=0.2))
-  kind = lambda path, param: "adam" if _matrix(path, param) is None else "muon"
+  matrix = functools.partial(_matrix, model)
+  matrices = functools.partial(jax.tree_util.tree_map_with_path, matrix)
+  muon = optax.chain(contrib.scale_by_muon(beta=o.momentum, weight_dimension_numbers=matrices),
+                     scale_by_shape(weight_dimension_numbers=matrices, consistent_rms=0.2))
+  kind = lambda path, param: "adam" if matrix(path, param) is None else "muon"
   both = {"muon": _replicated(muon), "adam": _adam(o)}
   return optax.partition(both, lambda params: jax.tree_util.tree_map_with_path(kind, params))
 
 
-def _matrix(path, param) -> contrib.MuonDimensionNumbers | None:
-  """Rows and columns of a parameter of a block; dim 0 is the stack of layers, and heads belong to their
-  side."""
+def _matrix(model, path, param) -> contrib.MuonDimensionNumbers | None:
+  """Rows and columns of a parameter of a block. Layers and experts are stacks of matrices; heads belong to their
+  side; a router is none."""
   name, ndim = path_name(path), len(param.shape)
-  if not name.startswith("blocks/") or ndim < 3 or name.endswith("bias"):
+  first = stack_dims(model, name)  # The dim of the rows.
+  if first == 0 or ndim - first < 2 or name.endswith(("bias", "/w_router")):
     return None
-  # wo is [L, N, H, D]; the others lead with what they sum over.
-  rows = ndim - 2 if name.endswith("/wo") else 1
-  return contrib.MuonDimensionNumbers(tuple(range(1, 1 + rows)), tuple(range(1 + rows, ndim)))
-
-
-def _matrices(tree):
-  return jax.tree_util.tree_map_with_path(_matrix, tree)
+  if ndim - first == 3 and re.search(r"/w_(gate|up|down)$", name):  # [E, D, F].
+    first += 1
+  # wo is [N, H, D]; the others lead with what they sum over.
+  last = ndim - 1 if name.endswith("/wo") else first + 1
+  return contrib.MuonDimensionNumbers(tuple(range(first, last)), tuple(range(last, ndim)))
 
 
 def _replicated(tx):
@@ -67,6 +68,7 @@ def _replicated(tx):
   return optax.GradientTransformation(tx.init, update)
 
 
+# name -> (optim config, model config) -> optax transformation.
 OPTIMIZER = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "muon": _muon, "sgd": _sgd}
 
 
@@ -144,8 +146,11 @@ def make_optimizer(cfg, params) -> optax.GradientTransformation:
   """
   optim = cfg.optim
   decay, scale, frozen = (match(f, getattr(optim, f), params) for f in ("decay_scale", "lr_scale", "freeze"))
+  if cfg.model.router_bias:  # Moved by train.balance.
+    frozen = jax.tree_util.tree_map_with_path(
+        lambda path, skip: skip or path_name(path).endswith("/balance_bias"), frozen)
   trained = lambda tree: jax.tree.map(lambda value, skip: optax.MaskedNode() if skip else value, tree, frozen)
-  parts = [lookup(OPTIMIZER, optim.name, "optim.name")(optim)]
+  parts = [lookup(OPTIMIZER, optim.name, "optim.name")(optim, cfg.model)]
   if optim.grad_clip is not None:
     parts.insert(0, optax.clip_by_global_norm(optim.grad_clip))
   if optim.weight_decay:

@@ -7,7 +7,7 @@ import optax
 from flax import nnx
 
 from model.transformer import abstract_params, init_params
-from train.balance import balance_loss, router_metrics, router_sums, update_biases, weigh
+from train.balance import balance_losses, router_metrics, router_sums, update_biases, weigh
 from train.losses import in_order, loss_spec, next_token_loss
 from train.optim import learning_rate, make_optimizer
 
@@ -68,10 +68,12 @@ def _new_state(cfg, tx, params):
 
 
 def _specs(cfg, params, field):
-  """The specs of the parameters, of their gradients or of their moments: "embed" is split as `field` says. ZeRO
-  (arXiv:1910.02054): stage 1 splits the moments, 2 the gradients too, 3 (FSDP) all."""
-  mesh = jax.sharding.get_abstract_mesh()
-  rules = dataclasses.replace(cfg.model.rules, embed=getattr(cfg.model.rules, field))
+  """The specs of the parameters ("embed"), of their gradients or of their moments, of which the rules say how
+  the dim "embed" is split. ZeRO (arXiv:1910.02054): stage 1 splits the moments, 2 the gradients too, 3 all."""
+  mesh, rules = jax.sharding.get_abstract_mesh(), cfg.model.rules
+  if getattr(rules, field) == rules.embed:
+    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, params)
+  rules = dataclasses.replace(rules, embed=getattr(rules, field))
   _, abstract = abstract_params(dataclasses.replace(cfg.model, rules=rules), mesh)
   return jax.tree.map(lambda a: a.sharding.spec, abstract)
 
@@ -147,7 +149,8 @@ def _accumulate(cfg, graphdef, params, batch, key):
       sums = router_sums(aux.pop("layers"))
       if not sums:
         return loss, (loss, aux, {})
-      losses = balance_loss(cfg.balance, cfg.model, sums, loads or {i: s["load_E"] for i, s in sums.items()}, routed)
+      counted = loads or {i: s["load_E"] for i, s in sums.items()}
+      losses = balance_losses(cfg.model, sums, counted, routed)
       return loss + tokens * weigh(cfg.balance, losses), (loss, aux, {"router": sums, **losses})
 
     grads, (loss, aux, routers) = jax.grad(total, has_aux=True)(params)

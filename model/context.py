@@ -194,8 +194,8 @@ _ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _travel(how, visit, state, keys_C):
-  """(state after visit(step, state, keys_C) of the keys from `step` devices back, for all steps at which any
-  device sees any of them; how many those are). The next keys are on their way during a visit."""
+  """(state after visit(step, state, keys_C) of the keys from `step` devices back, up to the last step at
+  which any device sees any; that step). The next keys are on their way during a visit."""
   ways, size = jax.lax.axis_size(how.axes), keys_C[0].shape[3]
   last = int(np.flatnonzero(work(ways, size, how.chunks, how.window).sum(0))[-1])
   if last == 0:

@@ -1,6 +1,7 @@
 """The mixture of experts against loops over tokens, and on many devices against one."""
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -307,6 +308,25 @@ def test_a_tpu_gets_the_ragged_all_to_all_itself():
     lower = lambda f, platform: jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
     assert all("ragged_all_to_all" in lower(g, "tpu") and "ragged_all_to_all" not in lower(g, "cpu")
                for g in (f, both))
+
+
+def test_collectives():
+  """Rows travel twice each way; of the experts' gradients only what a device keeps is all-reduced."""
+  cfg = moe_config(dispatch="capacity", exchange="all_to_all", capacity_factor=1.0, d_expert=40)
+  mesh, (x, segment) = make_mesh(data=2, fsdp=2, expert=2), inputs()
+  put = lambda a, *axes: jax.device_put(a, jax.NamedSharding(mesh, cfg.rules(*axes)))
+  with jax.set_mesh(mesh):
+    params = {path: put(value, *axes) for path, (value, axes) in weights(cfg).items()}
+    loss = lambda params, x, segment: jnp.sin(apply(cfg, params, x, segment)[0]).sum()
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(
+        params, put(x, "batch", "length", None), put(segment, "batch", "length")).compile().as_text()
+  found = re.findall(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all)\(", text)
+  elements = lambda kind: [math.prod(map(int, dims.split(","))) for shapes, name in found if name == kind
+                           for dims in re.findall(r"\w\[([\d,]+)\]", shapes)]
+  weight, room = E // 2 * D * 40, math.ceil(K * B * T / 8 / E)
+  assert elements("all-gather") == [weight] * 3 and elements("reduce-scatter") == [weight // 2] * 3
+  assert max(elements("all-reduce")) <= weight // 2
+  assert sum(elements("all-to-all")) == 4 * E * room * D
 
 
 @pytest.mark.parametrize("dispatch, factor", [("dropless", 1.0), ("capacity", 0.5)])

@@ -16,7 +16,7 @@ from flax import nnx
 from infer.sampling import Sampling, Settings, sample, stack_settings
 from model.cache import init_cache
 from model.config import ModelConfig
-from model.sharding import DECODE, place
+from model.sharding import DECODE, fit, place
 from model.transformer import Transformer, abstract_params, unstack
 
 MIN_CHUNK = 16  # Tokens; shorter prompts are padded to it.
@@ -74,9 +74,6 @@ class Generator:
       batch_size: most requests that run together.
       prefill_chunk: most tokens of a prompt that are read at once.
       steps_per_call: tokens made between two looks of the host.
-
-    Raises:
-      ValueError: the kv heads cannot be split over the mesh's "tensor" axis.
     """
     self.cfg, self.mesh = decode_config(cfg, mesh), mesh
     self.stop_ids, self.batch_size = tuple(stop_ids), batch_size
@@ -259,18 +256,8 @@ def decode(graphdef, stop_ids, n_steps, weights, settings: Settings, cancel_B, s
 # Weights and shapes.
 
 def decode_config(cfg: ModelConfig, mesh) -> ModelConfig:
-  """The config under the DECODE rules. A single kv head is kept by every device of "tensor".
-
-  Raises:
-    ValueError: the kv heads are more than one, but cannot be split.
-  """
-  rules, ways = DECODE, mesh.shape["tensor"]
-  if cfg.n_kv_heads % ways:
-    if cfg.n_kv_heads > 1:
-      raise ValueError(f"model.n_kv_heads={cfg.n_kv_heads} is not a multiple of mesh.tensor={ways}; nearest "
-                       f"valid mesh.tensor: {math.gcd(cfg.n_kv_heads, ways)}")
-    rules = dataclasses.replace(DECODE, kv_heads=())
-  return dataclasses.replace(cfg, rules=rules)
+  """The config under the DECODE rules, for this mesh."""
+  return fit(dataclasses.replace(cfg, rules=DECODE), mesh)
 
 
 def cast_params(cfg: ModelConfig, params):

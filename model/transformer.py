@@ -6,10 +6,13 @@ from flax import nnx
 
 from model.attention import ATTENTION
 from model.config import ModelConfig
+from model.context import CONTEXT
+from model.exchange import EXCHANGE
 from model.ffn import FFN
 from model.kernels.attention import HIDDEN, KERNEL
 from model.layers import INIT, NORM, dropout, lift, read, softcap, weight
-from model.lookup import lookup
+from model.lookup import check_choice, lookup
+from model.moe import DISPATCH, ROUTER
 from model.pipeline import pipeline
 from model.sharding import fit, on_devices, place, ways
 
@@ -39,10 +42,13 @@ def check_names(cfg: ModelConfig) -> None:
   Raises:
     ValueError: naming the field, its value and the valid names.
   """
-  for field, table in (("attention", ATTENTION), ("attention_impl", KERNEL), ("ffn", FFN), ("norm", NORM),
+  for field, table in (("context", CONTEXT), ("attention", ATTENTION), ("attention_impl", KERNEL), ("ffn", FFN), ("norm", NORM),
                        ("norm_position", NORM_POSITION), ("init", INIT), ("remat", REMAT),
                        ("head", dict.fromkeys(HEAD))):
     lookup(table, getattr(cfg, field), f"model.{field}")
+  if cfg.ffn == "moe":
+    for field, table in (("router", ROUTER), ("dispatch", DISPATCH), ("exchange", EXCHANGE)):
+      check_choice(f"model.{field}", getattr(cfg, field), table)
   if cfg.qk_norm is not None:
     lookup(NORM, cfg.qk_norm, "model.qk_norm")
   if cfg.attention_softcap is not None and cfg.attention_impl == "dot_product":

@@ -28,6 +28,7 @@ FIELDS = ROOT / "tests" / "config_fields.txt"
 GOLDEN = ROOT / "tests" / "golden"
 REWRITE = "if that is intended, run `python -m tests.test_config` and look at the diff"
 
+MOE = ("model.ffn=moe", "model.n_experts=8", "model.n_experts_per_token=2")
 # Overrides of configs/tiny.py -> what the one line on stderr must hold. The tests have 8 devices.
 CONTRADICTIONS = [
   (["batch_size=6", "mesh.data=4", "mesh.fsdp=2"],
@@ -40,7 +41,34 @@ CONTRADICTIONS = [
   (["mesh.tensor=0"], ["'tensor': 0", "at least 1"]),
   (["mesh.tensor=8", "mesh.fsdp=1"], ["n_heads=4", "mesh.tensor=8", "nearest valid mesh.tensor: 4"]),
   (["mesh.tensor=-1", "mesh.fsdp=1"], ["n_heads=4", "mesh.tensor=8"]),
-  (["mesh.expert=2"], ["mesh.expert=2", "nearest valid: 1"]),
+  (["mesh.seq=-1", "mesh.fsdp=1", "seq_len=60"], ["seq_len=60", "mesh.seq=8", "nearest valid mesh.seq: 4"]),
+  (["mesh.slices=3"], ["mesh.data=1", "mesh.slices=3", "nearest valid mesh.slices: 1"]),
+  (["mesh.slice_axis=fsdp"], ["mesh.slice_axis='fsdp'", "mesh.slices=1"]),
+  (["mesh.stage=2", "model.dropout=0.1"], ["model.dropout=0.1", "mesh.stage=2", "nearest valid"]),
+  (["mesh.stage=4"], ["model.n_layers=2", "mesh.stage=4", "nearest valid", "4"]),
+  (["mesh.stage=2", "mesh.fsdp=4", "model.pipeline_microbatches=4"],
+   ["batch_size=8", "model.pipeline_microbatches=4", "nearest valid batch_size: 16"]),
+  (["mesh.stage=2", "mesh.fsdp=4", "model.n_layers=4", "model.pipeline_repeats=2",
+    "model.pipeline_microbatches=1"], ["model.pipeline_microbatches=1", "mesh.stage=2", "nearest valid: 2"]),
+  (["mesh.seq=8", "mesh.fsdp=1", "model.context=ring"],
+   ["model.context='ring'", "model.attention_impl='dot_product'", "'chunked'"]),
+  (["mesh.seq=8", "mesh.fsdp=1", "model.context=ulysses"], ["model.context='ulysses'", "8 devices of a row", "n_heads=4"]),
+  (["model.rules.length=('tensor',)"], ["model.rules.length", "model.rules.heads", "tensor"]),
+  (["model.rules.layers=('fsdp',)"], ["model.rules.layers", "model.rules.embed", "fsdp"]),
+  (["model.rules.residual=()"], ["model.rules.residual", "model.rules.length", "seq"]),
+  (["model.ffn=moe"], ["model.ffn='moe'", "model.n_experts"]),
+  ([*MOE, "model.n_experts_per_token=9"], ["model.n_experts_per_token=9", "nearest valid: 8"]),
+  ([*MOE, "model.n_expert_groups=3", "model.n_groups_per_token=1"],
+   ["model.n_experts=8", "model.n_expert_groups=3", "nearest valid n_expert_groups: 2, 4"]),
+  ([*MOE, "model.n_expert_groups=4"], ["model.n_expert_groups=4", "model.n_groups_per_token=None"]),
+  ([*MOE, "model.exchange=all_to_all"], ["model.exchange='all_to_all'", "model.dispatch='dropless'"]),
+  ([*MOE, "model.exchange=ragged", "model.dispatch=capacity"], ["model.exchange='ragged'", "'gather'"]),
+  ([*MOE, "model.capacity_factor=2.0"], ["model.capacity_factor=2.0", "model.dispatch='dropless'"]),
+  ([*MOE, "model.n_dense_layers=2"], ["model.n_dense_layers=2", "model.n_layers=2", "nearest valid: 1"]),
+  ([*MOE, "mesh.expert=8", "mesh.fsdp=1", "model.n_experts=12"],
+   ["model.n_experts=12", "mesh.expert=8", "nearest valid mesh.expert: 4"]),
+  ([*MOE, "balance.bias_rate=0.1"], ["balance.bias_rate=0.1", "model.router_bias=False"]),
+  (["balance.z_loss=0.1"], ["balance.z_loss=0.1", "model.ffn='swiglu'"]),
   (["model.n_kv_heads=3"], ["model.n_heads=4", "model.n_kv_heads=3", "nearest valid n_kv_heads: 2, 4"]),
   (["model.n_heads=5", "model.n_kv_heads=5"], ["model.d_model=64", "model.n_heads=5", "4, 8"]),
   (["model.head_dim=7"], ["model.head_dim=7", "even", "6, 8"]),
@@ -238,7 +266,8 @@ def test_validate_leaves_no_derived_field_open_and_is_idempotent():
 
 
 SIZE = st.sampled_from([-1, 1, 1, 1, 1, 1, 2, 3])
-MESH = {"data": SIZE, "fsdp": SIZE, "tensor": SIZE, "stage": st.sampled_from([1] * 9 + [2])}
+RARELY = st.sampled_from([1] * 9 + [2])
+MESH = {"data": SIZE, "fsdp": SIZE, "tensor": SIZE, "stage": RARELY, "seq": RARELY, "expert": RARELY}
 MODEL = {
   "n_heads": st.sampled_from([0, 1, 2, 3, 4, 6, 6, 6, 8, 12]),
   "n_kv_heads": st.sampled_from([None, None, None, 0, 1, 2, 2, 3, 4, 6]),
@@ -266,15 +295,17 @@ def test_validate_refuses_or_the_arithmetic_holds(mesh, model, accum, batch, res
     assert "=" in str(e) or "mesh" in str(e), e
     return
   event("validated")
-  model, sizes = config.model, dataclasses.asdict(config.mesh)
+  model, sizes = config.model, {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
   assert model.n_heads % model.n_kv_heads == 0 and model.head_dim % 2 == 0 and model.n_layers > 0
   assert batch % accum == 0
   if n_devices is not None:
     fixed = math.prod(s for s in sizes.values() if s > 0)
     sizes = {axis: n_devices // fixed if s == -1 else s for axis, s in sizes.items()}
     assert math.prod(sizes[axis] for axis in MESH_AXES) == n_devices
-    assert batch // accum % (sizes["data"] * sizes["fsdp"]) == 0
-    split = (model.n_heads, model.n_kv_heads, model.d_ff, model.padded_vocab_size)
+    micro = sizes["stage"] if sizes["stage"] > 1 else 1
+    assert batch // accum % (sizes["data"] * sizes["fsdp"] * sizes["expert"] * micro) == 0
+    assert config.seq_len % (sizes["seq"] * sizes["stage"]) == 0 and model.n_layers % sizes["stage"] == 0
+    split = (model.n_heads, model.d_ff, model.padded_vocab_size)
     assert not any(n % sizes["tensor"] for n in split)
     assert model.d_model % sizes["fsdp"] == 0
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from infer.decode import Generator, Stats, cast_params, decode_config
+from infer.decode import Generator, Stats, cast_params
 from infer.sampling import Sampling, sample, stack_settings
 from model.attention import ATTENTION
 from model.cache import init_cache
@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.kernels.attention import KERNEL
 from model.sharding import make_mesh, place
 from model.transformer import init_params
-from tests.tiny import experiment_classes, mesh_of, tiny, variants
+from tests.tiny import MOE, experiment_classes, mesh_of, tiny, variants
 from tests.tiny import put as put_batch
 
 T = 144  # More than a block of keys of the chunked kernel, and many windows.
@@ -215,15 +215,14 @@ def test_another_row_changes_nothing_exactly():
   assert first[0] == second[0]
 
 
-@pytest.mark.parametrize("sizes, kv_heads", [({"data": 2, "fsdp": 2, "tensor": 2}, 2),
-                                             ({"fsdp": 2, "tensor": 4}, 1)])
-def test_sharded_decode_equals_one_device(sizes, kv_heads):
-  """The parameters come as training holds them: split over "fsdp" too."""
-  cfg, mesh = make_config(n_kv_heads=kv_heads, **CACHES["mixed"]), make_mesh(**sizes)
-  rules = decode_config(cfg, mesh).rules  # Those of training cannot split a single kv head.
+@pytest.mark.parametrize("sizes, changes", [
+  ({"data": 2, "fsdp": 2, "tensor": 2}, {}), ({"fsdp": 2, "tensor": 4}, {}),  # 4 devices for 2 kv heads.
+  ({"expert": 2, "stage": 2, "seq": 2}, MOE | dict(n_kv_heads=1, n_layers=4, pipeline_repeats=2))])
+def test_sharded_decode_equals_one_device(sizes, changes):
+  """The parameters come as training holds them: split over "fsdp" and "stage" too."""
+  cfg, mesh = make_config(**CACHES["mixed"] | changes), make_mesh(**sizes)
   with jax.set_mesh(mesh):
-    _, params = init_params(dataclasses.replace(cfg, rules=dataclasses.replace(rules, embed=("fsdp",))), mesh,
-                            jax.random.key(0))
+    _, params = init_params(cfg, mesh, jax.random.key(0))
   prompts = random_prompts([40, 3, 17, 1, 60])
   settings = [dataclasses.replace(GREEDY, max_tokens=9)]
   settings += [Sampling(top_k=50, seed=i, max_tokens=18) for i in range(4)]
@@ -327,8 +326,3 @@ def test_casting_weights_once_changes_no_bit(attention, ffn):
 def test_mistakes_are_named_before_anything_runs(prompts, settings, words):
   with pytest.raises(ValueError, match=words):
     make_generator(make_config()).generate(prompts, settings)
-
-
-def test_kv_heads_that_cannot_be_split_are_refused():
-  with pytest.raises(ValueError, match="n_kv_heads=2 is not a multiple of mesh.tensor=4; nearest .*: 2"):
-    decode_config(make_config(), make_mesh(fsdp=2, tensor=4))

@@ -258,6 +258,7 @@ def test_help_teaches_every_field_with_type_default_and_comment(config_file, cap
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_json_gives_back_the_same_config(config, tmp_path):
   config, args = load(f"--config={ROOT}/configs/{config}.py", "--config.model.rules.embed=()",
+                      "--config.mesh.fsdp=-1", "--config.mesh.expert=1", "--config.mesh.tensor=1",
                       "--config.optim.freeze=(('embed', True), ('.*', False))")
   flags.write_config_json(tmp_path / "config.json", config, args.overrides)
   record = json.loads((tmp_path / "config.json").read_text())

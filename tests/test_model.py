@@ -12,7 +12,7 @@ from model.layers import LayerNorm, RMSNorm, dropout, weight
 from model.positions import rope
 from model.sharding import AxisRules, abstract_mesh, mesh_shape
 from model.transformer import abstract_params, check_names
-from tests.tiny import abstract_batch, mesh_of, model_config
+from tests.tiny import MOE, abstract_batch, mesh_of, model_config
 from train.step import abstract_state, make_train_step
 
 
@@ -144,9 +144,17 @@ def test_a_large_model_is_traced_without_devices():
 @pytest.mark.parametrize("field, wrong, right", [
   ("attention", "gpa", "gqa"), ("attention_impl", "chunk", "chunked"), ("ffn", "swigl", "swiglu"),
   ("norm", "rmnorm", "rmsnorm"), ("remat", "ful", "full"), ("head", "tide", "tied"),
-  ("init", "fanin", "fan_in"), ("norm_position", "prae", "pre")])
+  ("context", "rings", "ring"), ("init", "fanin", "fan_in"), ("norm_position", "prae", "pre")])
 def test_misspelt_names_are_refused_with_the_right_one(field, wrong, right):
   cfg = ModelConfig(vocab_size=100, **{field: wrong}).validate()
+  with pytest.raises(ValueError, match=f"model.{field}='{wrong}'.*did you mean '{right}'"):
+    check_names(cfg)
+
+
+@pytest.mark.parametrize("field, wrong, right", [
+  ("router", "sigmod", "sigmoid"), ("dispatch", "droples", "dropless"), ("exchange", "raged", "ragged")])
+def test_misspelt_names_of_a_mixture_are_refused(field, wrong, right):
+  cfg = ModelConfig(vocab_size=100, **MOE | {field: wrong}).validate()
   with pytest.raises(ValueError, match=f"model.{field}='{wrong}'.*did you mean '{right}'"):
     check_names(cfg)
 

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.ffn import FFN
 from model.kernels.attention import KERNEL
 from model.layers import NORM
+from model.moe import DISPATCH, ROUTER
 from model.sharding import make_mesh
 from model.transformer import NORM_POSITION, check_names, init_params
 from train.step import abstract_state, make_train_step
@@ -28,6 +29,7 @@ MESHES = {
   "all": dict(data=2, fsdp=2, tensor=2),
 }
 V, B, T = 300, 8, 48
+MOE = dict(ffn="moe", n_experts=8, n_experts_per_token=2, d_expert=24)
 
 
 def model_config(**changes) -> ModelConfig:
@@ -106,7 +108,15 @@ def variants() -> dict[str, dict]:
   """Name -> changes to the tiny model, one for each choice that the tables and experiments/ offer."""
   found = {f"attention={name}": dict(attention=name)
            for name in [*ATTENTION, *experiment_classes("Attention")]}
-  found |= {f"ffn={name}": dict(ffn=name) for name in [*FFN, *experiment_classes("FFN")]}
+  found |= {f"ffn={name}": MOE if name == "moe" else dict(ffn=name)
+            for name in [*FFN, *experiment_classes("FFN")]}
+  found |= {f"router={name}": MOE | dict(
+      router=name, router_bias=True, n_shared_experts=2, n_dense_layers=1, n_expert_groups=4,
+      n_groups_per_token=2, routed_scale=2.5, n_layers=3) for name in ROUTER if name != "softmax"}
+  roomy = {"capacity": dict(capacity_factor=8.0)}
+  found |= {f"dispatch={name}": MOE | dict(dispatch=name) | roomy.get(name, {})
+            for name in DISPATCH if name != "dropless"}
+  found["repeats"] = dict(n_layers=4, pipeline_repeats=2)
   found |= {f"attention_impl={name}": dict(attention_impl=name) for name in KERNEL}
   found |= {f"window,{name}": dict(attention_impl=name, window=5, layer_pattern=("local", "global"))
             for name in KERNEL}

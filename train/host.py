@@ -33,6 +33,9 @@ def start_distributed(stall_s: float = 300.0) -> None:
     # More fake devices than cores: programs in flight side by side can starve each other's collectives for
     # ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # Between processes (Gloo) a collective that waits holds a thread of XLA's pool, which has one per device:
+    # with all of them held a step stood still for ever, once in a few hundred.
+    os.environ.setdefault("NPROC", str(max(os.cpu_count(), 4 * jax.config.jax_num_cpu_devices)))
   if "JAX_COORDINATOR_ADDRESS" in os.environ:
     number = lambda name: int(os.environ[name]) if name in os.environ else None
     join(stall_s, num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))

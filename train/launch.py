@@ -81,8 +81,6 @@ class Processes:
     port, self._files, self._begin = free_port(), files, time.monotonic()
     self.ended: dict[int, tuple[int, float]] = {}  # Process -> (exit code, after how many seconds), in order.
     self._told = 0
-    for file in files:
-      file.write(f"# {datetime.datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(command)}\n".encode())
     self._all = []
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, self._forward)
@@ -93,6 +91,8 @@ class Processes:
       self._all.append(subprocess.Popen(
           command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if i == 0 else files[i],
           stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent))
+      files[i].write(f"# {datetime.datetime.now():%Y-%m-%d %H:%M:%S} process {i}, pid {self._all[i].pid}: "
+                     f"{shlex.join(command)}\n".encode())
     self._shown = threading.Thread(target=self._show, daemon=True)
     self._shown.start()
 

@@ -237,7 +237,7 @@ class Watch:
       else:
         verdict = judge(self._peers, self._me, at, self._stall_s)
       if verdict and any(p.ended for p in self._peers):
-        time.sleep(SOON_S)  # The main thread may be about to say the same.
+        time.sleep(2 * BEAT_S)  # The main thread may be about to say the same.
       if verdict and self._ending.acquire(blocking=False) and not self._closed.is_set():
         self._exit(verdict)
 
@@ -278,9 +278,9 @@ class Watch:
 
   def _wait_for_others(self):
     """Until all have ended or are silent, for a while."""
-    deadline = time.monotonic() + SOON_S
+    deadline = time.monotonic() + 2 * SOON_S
     while (now := time.monotonic()) < deadline:
-      if all(p.ended is not None or now - p.heard > 3 * self._every_s
+      if all(p.ended is not None or now - p.heard > max(SOON_S, 3 * self._every_s)
              for i, p in enumerate(self._peers) if i != self._me):
         return
       time.sleep(BEAT_S / 5)
@@ -300,8 +300,7 @@ class Watch:
 
   def _finish(self, code):
     """Without Python's and JAX's own farewells, which wait for the other processes."""
-    if self._me == 0:
-      self._wait_for_others()
+    self._wait_for_others()  # Process 0 takes the coordinator with it, which ends them without a word.
     self._dismiss()
     sys.stdout.flush()
     sys.stderr.flush()

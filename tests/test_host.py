@@ -79,5 +79,16 @@ def test_the_phases_sum_to_the_wall():
   assert text.startswith("time: ") and "waiting for data" in text
 
 
+def test_the_place_of_a_process_is_the_number_of_phases_it_entered():
+  """train.together finds the process that is behind by it, so describing must not count, nor a note of one."""
+  one, other = Stopwatch(), Stopwatch()
+  for clock in (one, other):
+    with clock.within("waiting for data"):
+      pass
+  one.describe()
+  one.notes += 1
+  assert one.marks == other.marks == 2 and one.phase == "start"
+
+
 def test_peak_memory_names_what_it_measures():
   assert "GiB" in peak_memory()

@@ -15,6 +15,8 @@ from model.hub.orbax import read_array, read_tree, restore_arrays
 from model.sharding import make_mesh
 from tests.test_loop import record
 from tests.tiny import ROOT
+from train.coordinator import DONE
+from train.launch import free_port
 from train.together import Peer, describe, judge
 
 # The programs.
@@ -205,7 +207,7 @@ def test_a_workdir_that_is_not_shared_is_named(tmp_path):
   (dict(fsdp=2), [(1, 2), (2, 1)]),
 ])
 def test_any_number_of_processes_gives_the_same_record(tmp_path, mesh, splits):
-  """To the bit: the same programs on the same mesh; only the wires differ."""
+  """Over Gloo to the bit, whatever the split. Within one process XLA adds in another order: 2e-7 was seen."""
   records = []
   for processes, devices in splits:
     workdir = tmp_path / f"{processes}x{devices}"
@@ -217,8 +219,12 @@ def test_any_number_of_processes_gives_the_same_record(tmp_path, mesh, splits):
              devices=devices)
     records.append(record(workdir))
   assert len(records[0]) == 8 + 3 and "loss" in records[0][-2]
-  for other in records[1:]:
-    assert other == records[0]
+  for other in records[2:]:
+    assert other == records[1]
+  for one, two in zip(records[0], records[1], strict=True):
+    assert one == pytest.approx(two, rel=1e-6)
+    for name in {"step", "tokens", "lr", "skipped"} & one.keys():
+      assert one[name] == two[name]
 
 
 @pytest.mark.slow
@@ -310,7 +316,8 @@ def test_the_others_end_in_time_and_name_the_one(tmp_path, fault, victim):
   phase = "waiting for data" if fault == "loop" else r"\S.*\S"
   (step,) = re.findall(rf"^ +{victim} +(\d+)  {phase}  +[\d.]+ s +[\d.]+ s ago  <--$", said, re.M)
   assert int(step) == 9 if fault == "loop" else 4 <= int(step) <= 11  # As of its last beat.
-  assert "The main thread of process" in said and "train/loop.py" in said
+  assert "train/loop.py" in said  # A traceback, or where the main thread hangs.
+  assert ("The main thread of process" in said) == (fault != "SIGKILL")
 
 
 def running(pid):
@@ -330,3 +337,28 @@ def test_a_stop_before_there_is_a_state_ends_all(tmp_path):
       tmp_path / "run", tmp_path / "cache")]) as launcher:
     output = launcher.communicate(timeout=90)[0]
   assert launcher.returncode == 143 and output.count(": exit 143") == 2, output
+
+
+# The coordinator.
+
+def coordinator(port):
+  command = [sys.executable, "-m", "train.coordinator", f"[::]:{port}", "1", "100", "100", "60"]
+  process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL)
+  return process, process.stdout.readline().strip()
+
+
+def test_a_port_serves_one_run_and_the_next_when_that_has_died():
+  port = free_port()
+  first, said = coordinator(port)
+  second, refused = coordinator(port)
+  assert said == "up" and f"port {port} is used by another run, coordinator serving {first.pid}" in refused
+  first.stdin.close()  # Its process 0 has died.
+  time.sleep(0.5)
+  assert first.poll() is None, "it stays for the others to find out"
+  third, said = coordinator(port)
+  assert said == "up" and first.wait(5) == -signal.SIGKILL
+  third.stdin.write(DONE)
+  third.stdin.close()
+  assert third.wait(10) == 0
+  second.wait(5)

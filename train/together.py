@@ -158,10 +158,13 @@ def describe(peers: list[Peer], verdict: Verdict, me: int, now: float) -> str:
 
 
 def find_place() -> str:
-  """Where the main thread is: the last lines of this project, and the innermost of all."""
+  """Where the main thread hangs: the last lines of this project, and the innermost of all."""
+  if threading.current_thread() is threading.main_thread():
+    return ""  # It has said why it cannot go on.
   stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
   ours = [frame for frame in stack[:-1] if frame.filename.startswith(str(ROOT))]
-  return "".join(traceback.format_list([*ours[-4:], stack[-1]]))
+  return (f"The main thread of process {jax.process_index()} on {socket.gethostname()} is here:\n"
+          + "".join(traceback.format_list([*ours[-4:], stack[-1]])))
 
 
 class Watch:
@@ -291,8 +294,7 @@ class Watch:
       print(f"process {verdict.missing[0]} was {verdict.why} before there was anything to save",
             file=sys.stderr)
     else:
-      print(f"train.main: failed: {describe(self._peers, verdict, self._me, now)}\n"
-            f"The main thread of process {self._me} ({socket.gethostname()}) is here:\n{find_place()}"
+      print(f"train.main: failed: {describe(self._peers, verdict, self._me, now)}\n{find_place()}"
             "The same command goes on from the last checkpoint; stall_s is the limit for waiting.",
             file=sys.stderr, flush=True)
     self._tell(verdict)

@@ -80,7 +80,7 @@ def test_the_phases_sum_to_the_wall():
 
 
 def test_the_place_of_a_process_is_the_number_of_phases_it_entered():
-  """train.together finds the process that is behind by it, so describing must not count, nor a note of one."""
+  """train.together finds the process that is behind by it: describing must not count, nor a note of one."""
   one, other = Stopwatch(), Stopwatch()
   for clock in (one, other):
     with clock.within("waiting for data"):

@@ -207,7 +207,7 @@ def test_a_workdir_that_is_not_shared_is_named(tmp_path):
   (dict(fsdp=2), [(1, 2), (2, 1)]),
 ])
 def test_any_number_of_processes_gives_the_same_record(tmp_path, mesh, splits):
-  """Between 2 x 4 and 4 x 2 to the bit, as seen; one process adds in another order than Gloo: 2e-7 was seen."""
+  """Between 2 x 4 and 4 x 2 to the bit, as seen; one process adds in another order than Gloo: 2e-7."""
   records = []
   for processes, devices in splits:
     workdir = tmp_path / f"{processes}x{devices}"

@@ -123,8 +123,7 @@ class Transformer(nnx.Module):
       (x_BTD before the head, aux: i -> what block i of each group says, every array leading with the groups).
     """
     cfg = self.cfg
-    tokens_BT, pos_BT, segment_BT = (
-        jax.sharding.reshard(a, cfg.rules("batch", "length")) for a in (tokens_BT, pos_BT, segment_BT))
+    tokens_BT, pos_BT, segment_BT = self._split(tokens_BT, pos_BT, segment_BT)
     keys = None if key is None else jax.random.split(key, cfg.n_layers + 1)
     x_BTD = dropout(self._embed(tokens_BT), cfg.dropout, None if key is None else keys[0])
     if cfg.n_dense_layers:
@@ -177,6 +176,7 @@ class Transformer(nnx.Module):
     Returns:
       (x_BTD before the head, caches).
     """
+    tokens_BT, pos_BT, segment_BT = self._split(tokens_BT, pos_BT, segment_BT)
     x_BTD, new_caches = self._embed(tokens_BT), []
     for n, cache in enumerate(caches):
       blocks, i, pick = layer_place(self.cfg, n)
@@ -185,6 +185,9 @@ class Transformer(nnx.Module):
       x_BTD, cache, _ = nnx.merge(graphdef, state)(x_BTD, pos_BT, segment_BT, cache)
       new_caches.append(cache)
     return self._final(x_BTD), tuple(new_caches)
+
+  def _split(self, *arrays_BT):
+    return (jax.sharding.reshard(a, self.cfg.rules("batch", "length")) for a in arrays_BT)
 
   def _embed(self, tokens_BT):
     """Each device looks up what its slice of the vocabulary has; the sum over the slices has it all."""

@@ -53,7 +53,7 @@ class Coordinator:
   def __init__(self, address, n_processes, stall_s):
     limit = str(int(4 * stall_s) + 100)  # JAX's own limits abort without a name, so they come after ours.
     command = [sys.executable, "-m", "train.coordinator", address, str(n_processes), limit, limit,
-               str(2 * stall_s + 30)]
+               str(stall_s + 30)]
     self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                      stderr=subprocess.DEVNULL, text=True)
     if (said := self._process.stdout.readline().strip()) != "up":

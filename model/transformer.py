@@ -17,9 +17,16 @@ from model.pipeline import pipeline
 from model.sharding import fit, on_devices, place, ways
 
 _saveable = jax.checkpoint_policies
+
+
+def _all_but_gathered(primitive, *_, **__):
+  """What was gathered from other devices is gathered again: saved, the layers' weights would be whole on each."""
+  return primitive.name not in ("reshard", "all_gather", "all_gather_invariant")
+
+
 # What the backward pass finds in memory; it computes the rest again. From most memory to least.
 REMAT = {
-  "none": None,
+  "none": _all_but_gathered,
   "dots": _saveable.dots_with_no_batch_dims_saveable,
   "outputs": _saveable.save_only_these_names("attention_out", "ffn_out"),
   "full": _saveable.nothing_saveable,
@@ -161,9 +168,7 @@ class Transformer(nnx.Module):
         x_BTD, _, aux[str(i)] = block(x_BTD, pos_BT, segment_BT, key=key)
       return x_BTD, aux
 
-    if self.cfg.remat != "none":
-      group = jax.checkpoint(group, policy=REMAT[self.cfg.remat], prevent_cse=False)
-    return group, stacked
+    return jax.checkpoint(group, policy=REMAT[self.cfg.remat], prevent_cse=False), stacked
 
   def extend(self, tokens_BT, pos_BT, segment_BT, caches, layers=None):
     """The same forward for tokens that continue what the caches hold: prefill and decode.

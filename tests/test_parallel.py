@@ -8,6 +8,7 @@ A killed run goes on where it was, as long as the sources of the step are the sa
 with its --model, may share the work.
 """
 import argparse
+import dataclasses
 import itertools
 import time
 
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 
 from model import layers, moe
-from model.sharding import MESH_AXES
+from model.sharding import MESH_AXES, abstract_mesh
 from tests import conftest  # noqa: F401 - 8 devices, for the command too.
 from tests.parallel import (
     LIMITS,
     MODELS,
+    REPRESENTATIVE,
     STEPS,
     Results,
     cell,
@@ -30,12 +32,14 @@ from tests.parallel import (
     mesh_name,
     one_device,
     parse_mesh,
+    run_config,
     same_as,
     short,
     table,
     write_readme,
 )
 from train import losses
+from train.step import abstract_state
 
 # Every axis, every pair of axes, every model, and axes of 4 and 8.
 QUICK = (
@@ -88,6 +92,39 @@ def test_there_is_something_to_compare(model):
   after = numbers.parameters | numbers.bias
   for name, old in flat(state.params).items():
     assert norm(after[name] - old) > 50 * LIMITS["parameters"] * norm(old), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_meshes_are_left_out_for_a_reason(model):
+  """Where "expert" splits the batch only, and that always together with "data"; one such mesh is run."""
+  left_out = [sizes for sizes in factorisations() if same_as(model, sizes)]
+  assert len(left_out) == (0 if "MoE" in model else 20)
+  sizes = REPRESENTATIVE
+  cfg = run_config(model, sizes)
+  _, state = abstract_state(cfg, abstract_mesh(**sizes))
+  by_expert = [a for a in jax.tree.leaves(state) if "expert" in str(a.sharding.spec)]
+  assert bool(by_expert) == (not left_out)
+  rules = dataclasses.asdict(cfg.model.rules)
+  assert all(("data" in axes) == ("expert" in axes) for name, axes in rules.items() if name != "experts")
+  for sizes in left_out:
+    assert (model, mesh_name(same_as(model, sizes))) in ALL and (model, mesh_name(sizes)) not in ALL
+
+
+def test_results_and_their_table(tmp_path):
+  """What was run is not run again; what is wrong, or refused, is seen."""
+  results, good = Results(), dict.fromkeys(LIMITS, (1e-7, "x")) | {"bias": (0.0, "x")}
+  results.path = tmp_path / "results.jsonl"
+  assert results.read() == {}
+  results.add("dense", "data=8", good)
+  results.add("MoE softmax", "data=8", good | {"gradient": (0.5, "embed")})
+  results.add("dense", "fsdp=8", good | {"loss": (float("nan"), "loss of step 0")})
+  results.add("dense", "seq=8", {"refused": "not so"})
+  assert set(results.read()) == {("dense", "data=8"), ("MoE softmax", "data=8"), ("dense", "fsdp=8"),
+                                 ("dense", "seq=8")}
+  text = table(results.read())
+  assert "4 programs on 8 devices against one, 3 wrong or refused" in text
+  assert "| data=8 | 1e-7 |  | **gradient 5.0e-01 > 2e-05 (embed)** |  |" in text
+  assert "| fsdp=8 | **loss nan > 5e-06 (loss of step 0)** |" in text and "| **refused: not so** |" in text
 
 
 # Faults of the kinds that the projects of the field have had, planted. name -> (model, mesh, plant(patch),

@@ -85,10 +85,7 @@ class GQAttention(nnx.Module):
     return rope(q_BTNH, pos_BT, cfg.rope_theta), rope(k_BTKH, pos_BT, cfg.rope_theta), v_BTKH
 
   def output(self, out_BTNH):
-    # Contracts a sharded dim: explicit mode makes us say where the sum lives (all-reduce over "tensor",
-    # or reduce-scatter where that splits the residual stream too).
-    out_BTD = linear(self.cfg, "BTNH,NHD->BTD", out_BTNH, self.wo,
-                     out_sharding=self.cfg.rules("batch", "residual", None))
+    out_BTD = linear(self.cfg, "BTNH,NHD->BTD", out_BTNH, self.wo)
     out_BTD = out_BTD + lift(read(self.cfg, self.o_bias), 3) if self.cfg.out_bias else out_BTD
     return checkpoint_name(out_BTD, "attention_out")
 

@@ -32,7 +32,7 @@ class FeedForward(nnx.Module):
       h_BTF = self.activation(linear(cfg, "BTD,DF->BTF", x_BTD, self.w_gate)) * h_BTF
     else:
       h_BTF = self.activation(h_BTF)
-    y_BTD = linear(cfg, "BTF,FD->BTD", h_BTF, self.w_down, out_sharding=cfg.rules("batch", "residual", None))
+    y_BTD = linear(cfg, "BTF,FD->BTD", h_BTF, self.w_down)
     y_BTD = y_BTD + lift(read(cfg, self.down_bias), 3) if cfg.ffn_bias else y_BTD
     return checkpoint_name(y_BTD, "ffn_out"), {}
 

@@ -1,7 +1,11 @@
 """Small pieces that every block uses: a parameter and its use, norms, dropout, soft caps."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from model.sharding import on_devices
 
 # name -> (cfg, fan_in) -> standard deviation of a weight.
 INIT = {
@@ -37,22 +41,83 @@ def read(cfg, param):
   return jax.sharding.reshard(param[...].astype(cfg.compute_dtype), cfg.rules(*axes))
 
 
-def linear(cfg, equation, x, param, *, out_sharding=None):
-  """einsum(equation, x, read(param)), where x and the result lead with B and T.
+def linear(cfg, equation, x, param):
+  """einsum(equation, x, param), where x and the result lead with B and T: a matrix of a block, on each device's own
+  tokens.
 
-  The two go in as one dim. A weight's gradient sums over both, and over two dims XLA:CPU sums only after it
-  has copied the operands transposed, into a slower product.
+  Each device gathers what it lacks of "embed". The gradient goes the other way: its terms are summed where the
+  slice is held (reduce-scatter), and only the slices over the remaining devices. Where the sum is over a split
+  dim (Megatron's row-parallel product, arXiv:1909.08053) the result is what the residual stream takes: on every
+  device, or each with its part of the length (reduce-scatter; sequence parallelism, arXiv:2205.05198).
+
+  B and T go in as one dim: over two dims XLA:CPU sums a weight's gradient only after it has copied the operands
+  transposed, into a slower product.
   """
-  B, T = x.shape[:2]
-  batch, length, *rest = jax.typeof(x).sharding.spec
-  if length is not None or out_sharding is not None and out_sharding[1] is not None:
-    # Dims that are both split do not merge.
-    return jnp.einsum(equation, x, read(cfg, param), out_sharding=out_sharding)
-  tokens = x.reshape(B * T, *x.shape[2:], out_sharding=jax.P(batch, *rest))
-  out = None if out_sharding is None else jax.P(out_sharding[0], *out_sharding[2:])
-  y = jnp.einsum(equation.replace("BT", "C"), tokens, read(cfg, param), out_sharding=out)
-  batch, *rest = jax.typeof(y).sharding.spec
-  return y.reshape(B, T, *y.shape[1:], out_sharding=jax.P(batch, None, *rest))
+  rules, axes = cfg.rules, param.get_metadata()["axes"]
+  w, w_spec = embed_shards(cfg, param)
+  inputs, out = equation.split("->")
+  left, right = inputs.split(",")
+  x_spec = jax.typeof(x).sharding.spec
+  place = dict(zip(right, w_spec)) | dict(zip(left, x_spec))
+  over = names([spec for letter, spec in zip(right, w_spec) if letter not in out and axes[right.index(letter)] != "embed"])
+  finer = finer_than_length(rules, over)
+  if finer:
+    place["T"] = rules("residual")[0]
+  dim = axes.index("embed") if "embed" in axes else None
+
+  def local(x, w):
+    if dim is not None:
+      w = gather_embed(rules, w, w_spec, dim)
+    b, t = x.shape[:2]
+    y = jnp.einsum(equation.replace("BT", "C"), x.reshape(b * t, *x.shape[2:]), w)
+    y = y.reshape(b, t, *y.shape[1:])
+    return sum_over(y, over, finer)
+
+  spec = jax.P(*(place[letter] if letter in left or axes[right.index(letter)] != "embed" else None for letter in out))
+  y = on_devices(local, (x_spec, w_spec), spec)(x, w)
+  to_residual = axes[-1] == "embed" and place["T"] != rules("residual")[0]
+  return jax.sharding.reshard(y, rules("batch", "residual", None)) if to_residual else y
+
+
+def embed_shards(cfg, param):
+  """(the parameter in the compute dtype, its spec), still split over those axes of "embed" that split tokens too:
+  `gather_embed` puts it together on the device."""
+  rules = dataclasses.replace(cfg.rules, embed=_of_tokens(cfg.rules))
+  spec = rules(*param.get_metadata()["axes"])
+  return jax.sharding.reshard(param[...].astype(cfg.compute_dtype), spec), spec
+
+
+def gather_embed(rules, w, spec, dim):
+  """Inside on_devices: w, split as `spec` says, with all of its dim "embed". Its gradient is scattered first, and
+  then summed over the other devices that have tokens for it."""
+  axes = _of_tokens(rules)
+  others = tuple(axis for axis in rules.batch + rules.length if axis not in names(spec))
+  w = jax.lax.pcast(w, others, to="varying") if others else w
+  return jax.lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w
+
+
+def _of_tokens(rules):
+  return tuple(axis for axis in rules.embed if axis in rules.batch + rules.length)
+
+
+def finer_than_length(rules, over):
+  """The axes of a sum that split the residual stream where they do not split the length."""
+  n = len(rules.length)
+  rest = rules.residual[n:]
+  return rest if rules.residual[:n] == rules.length and set(rest) <= set(over) else ()
+
+
+def sum_over(y, over, finer):
+  """Inside on_devices: the sum over `over`, of which `finer` leave each device a part of dim 1."""
+  if finer:
+    y = jax.lax.psum_scatter(y, finer, scatter_dimension=1, tiled=True)
+  rest = tuple(axis for axis in over if axis not in finer)
+  return jax.lax.psum(y, rest) if rest else y
+
+
+def names(specs) -> tuple[str, ...]:
+  """The mesh axes in entries of a PartitionSpec."""
+  return tuple(a for spec in specs if spec is not None for a in ((spec,) if isinstance(spec, str) else spec))
 
 
 def lift(v, ndim):

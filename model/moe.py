@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.exchange import EXCHANGE, take
-from model.layers import weight
+from model.layers import embed_shards, finer_than_length, gather_embed, sum_over, weight
 from model.sharding import on_devices
 
 # name -> (scores of logits, how many of the best scores in a group are summed to choose between groups).
@@ -49,14 +49,11 @@ class MoE(nnx.Module):
     """
     cfg, rules = self.cfg, self.cfg.rules
     bias_E = self.balance_bias[...] if cfg.router_bias else jnp.zeros((cfg.n_experts,), jnp.float32)
-    # What splits the tokens too is gathered on the device (`_whole_experts`).
-    shards = dataclasses.replace(rules, embed=_gathered_on_device(rules))
-    experts = tuple(jax.sharding.reshard(w[...].astype(cfg.compute_dtype), shards(*w.get_metadata()["axes"]))
-                    for w in (self.w_gate, self.w_up, self.w_down))
-    specs = (rules("batch", "length", None), rules("batch", "length"), jax.P(), jax.P(),
-             tuple(jax.typeof(w).sharding.spec for w in experts))
-    out = (rules("batch", _out_length(rules), None), dict.fromkeys(SUMS, jax.P()))
-    y_BTD, aux = on_devices(functools.partial(_on_device, cfg), specs, out)(
+    experts, shards = zip(*(embed_shards(cfg, w) for w in (self.w_gate, self.w_up, self.w_down)))
+    specs = (rules("batch", "length", None), rules("batch", "length"), jax.P(), jax.P(), shards)
+    length = "residual" if finer_than_length(rules, rules.mlp) else "length"
+    out = (rules("batch", length, None), dict.fromkeys(SUMS, jax.P()))
+    y_BTD, aux = on_devices(functools.partial(_on_device, cfg, shards), specs, out)(
         x_BTD, segment_BT, self.w_router[...], bias_E, experts)
     y_BTD = jax.sharding.reshard(y_BTD, rules("batch", "residual", None))
     if cfg.n_shared_experts:
@@ -64,25 +61,14 @@ class MoE(nnx.Module):
     return checkpoint_name(y_BTD, "ffn_out"), aux
 
 
-def _gathered_on_device(rules):
-  return tuple(axis for axis in rules.embed if axis in rules.batch + rules.length)
-
-
-def _out_length(rules):
-  """Where the sum over the slices of F may leave the length split as the residual stream wants it."""
-  n = len(rules.length)
-  finer = rules.residual[:n] == rules.length and set(rules.residual[n:]) <= set(rules.mlp)
-  return "residual" if finer else "length"
-
-
-def _on_device(cfg, x_btD, segment_bt, w_router_DE, bias_E, experts):
+def _on_device(cfg, shards, x_btD, segment_bt, w_router_DE, bias_E, experts):
   rules, (b, t, D) = cfg.rules, x_btD.shape
   x_nD, real_n = x_btD.reshape(b * t, D), segment_bt.reshape(-1) > 0
   logits_nE = jnp.einsum("nD,DE->nE", x_nD.astype(jnp.float32), w_router_DE, precision="highest")
   ids_nk, weights_nk, prob_nE = route(cfg, logits_nE, bias_E)
   ids_nk = jnp.where(real_n[:, None], ids_nk, cfg.n_experts)
 
-  experts = _whole_experts(rules, experts)
+  experts = tuple(gather_embed(rules, w, spec, dim) for w, spec, dim in zip(experts, shards, (1, 1, 2)))
   if rules.mlp:  # Said here, so that the gradient is summed over the slices of F once a token.
     x_nD, weights_nk = (jax.lax.pcast(a, rules.mlp, to="varying") for a in (x_nD, weights_nk))
   e = experts[0].shape[0]
@@ -94,22 +80,8 @@ def _on_device(cfg, x_btD, segment_bt, w_router_DE, bias_E, experts):
   else:
     y_nD, dropped = exchange(rules.experts, e, dispatch, x_nD, ids_nk, weights_nk)
   y_btD = y_nD.reshape(b, t, D)
-  if finer := rules.residual[len(rules.length):] if _out_length(rules) == "residual" else ():
-    y_btD = jax.lax.psum_scatter(y_btD, finer, scatter_dimension=1, tiled=True)
-  y_btD = _sum(y_btD, tuple(axis for axis in rules.mlp if axis not in finer))
+  y_btD = sum_over(y_btD, rules.mlp, finer_than_length(rules, rules.mlp))
   return y_btD, _sums(cfg, (b, t), ids_nk, prob_nE, logits_nE, real_n, dropped)
-
-
-def _whole_experts(rules, experts):
-  """The weights with all of D. Their gradients are first scattered over what splits D, and then summed over
-  the other devices that have tokens for them."""
-  axes = _gathered_on_device(rules)
-  others = tuple(axis for axis in rules.batch + rules.length if axis not in axes + rules.experts)
-  whole = []
-  for w, dim in zip(experts, (1, 1, 2)):
-    w = jax.lax.pcast(w, others, to="varying") if others else w
-    whole.append(jax.lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w)
-  return whole
 
 
 def route(cfg, logits_nE, bias_E):

@@ -110,13 +110,17 @@ _STAGED = contextvars.ContextVar("staged", default=False)
 
 
 @contextlib.contextmanager
-def staged():
+def staged(on: bool = True):
   """What is traced inside is under a vmap over the pipeline's stages (model.pipeline)."""
-  token = _STAGED.set(True)
+  token = _STAGED.set(on)
   try:
     yield
   finally:
     _STAGED.reset(token)
+
+
+def is_staged() -> bool:
+  return _STAGED.get()
 
 
 def on_devices(f, in_specs: tuple, out_specs, *, check_vma: bool = True):
@@ -132,7 +136,7 @@ def on_devices(f, in_specs: tuple, out_specs, *, check_vma: bool = True):
   whole = lambda f, ins, outs: jax.shard_map(f, in_specs=ins, out_specs=outs, check_vma=check_vma)
   if not _STAGED.get():
     return whole(f, in_specs, out_specs)
-  in_front = lambda spec: PartitionSpec("stage", *spec)
+  in_front = lambda spec: PartitionSpec("stage", *spec.partitions, unreduced=spec.unreduced)
   is_spec = lambda x: isinstance(x, PartitionSpec)
 
   @custom_vmap

@@ -67,8 +67,8 @@ REPRESENTATIVE = dict(fsdp=2, expert=2, tensor=2)  # Of the meshes that `same_as
 
 
 def same_as(model, sizes) -> dict | None:
-  """The mesh whose program this one repeats, and which is run instead: without experts no array has a dim on
-  "expert" but the batch, which it splits as "data" does."""
+  """The mesh that is run instead of this one, and splits every array as it does: without experts no array has a
+  dim on "expert" but the batch, which it splits as "data" does."""
   if MODELS[model][0].get("ffn") == "moe" or "expert" not in sizes or sizes == REPRESENTATIVE:
     return None
   merged = sizes | {"data": sizes.get("data", 1) * sizes["expert"]}
@@ -230,13 +230,14 @@ def table(found: dict) -> str:
     f"Worst: {said}; biases of routers {'differ' if worst['bias'][0] else 'equal'}.</summary>", "",
     "The worst of four relative errors in float32: of every loss of 3 steps, of the gradients' norm, of each "
     "array's gradient, and of each array after 3 steps of AdamW. Without experts, `expert` splits the rows "
-    "of a batch as `data` does and nothing else, so the program is that of the mesh named; one of these is "
-    "run all the same.", "",
+    "of a batch as `data` does and nothing else, so the mesh named is run in its place; one of these is run "
+    "all the same.", "",
     f"| mesh | {' | '.join(MODELS)} |", "|---" * (1 + len(MODELS)) + "|", *rows, "", "</details>"])
 
 
-def write_readme(text):
+def write_readme(text, path=ROOT / "README.md"):
   """Between its two marks."""
-  path = ROOT / "README.md"
-  before, rest = path.read_text().split("<!-- meshes -->\n")
-  path.write_text(f"{before}<!-- meshes -->\n{text}\n<!-- /meshes -->{rest.split('<!-- /meshes -->')[1]}")
+  whole, start, end = path.read_text(), "<!-- meshes -->\n", "<!-- /meshes -->"
+  if start not in whole or end not in whole:
+    raise ValueError(f"{path} has no place for the table: {start.strip()} and {end} on lines of their own")
+  path.write_text(f"{whole.split(start)[0]}{start}{text}\n{end}{whole.split(end)[1]}")

@@ -124,6 +124,10 @@ def test_results_and_their_table(tmp_path):
   text = table(results.read())
   assert "4 programs on 8 devices against one, 3 wrong or refused" in text
   assert "| data=8 | 1e-7 |  | **gradient 5.0e-01 > 2e-05 (embed)** |  |" in text
+  readme = tmp_path / "README.md"
+  readme.write_text("before\n<!-- meshes -->\nold\n<!-- /meshes -->\nafter\n")
+  write_readme(text, readme)
+  assert readme.read_text() == f"before\n<!-- meshes -->\n{text}\n<!-- /meshes -->\nafter\n"
   assert "| fsdp=8 | **loss nan > 5e-06 (loss of step 0)** |" in text and "| **refused: not so** |" in text
 
 

@@ -67,8 +67,8 @@ REPRESENTATIVE = dict(fsdp=2, expert=2, tensor=2)  # Of the meshes that `same_as
 
 
 def same_as(model, sizes) -> dict | None:
-  """The mesh that is run instead of this one, and splits every array as it does: without experts no array has a
-  dim on "expert" but the batch, which it splits as "data" does."""
+  """The mesh that is run instead of this one, and splits every array as it does: without experts no array has
+  a dim on "expert" but the batch, which it splits as "data" does."""
   if MODELS[model][0].get("ffn") == "moe" or "expert" not in sizes or sizes == REPRESENTATIVE:
     return None
   merged = sizes | {"data": sizes.get("data", 1) * sizes["expert"]}

@@ -42,13 +42,12 @@ def read(cfg, param):
 
 
 def linear(cfg, equation, x, param):
-  """einsum(equation, x, param), where x and the result lead with B and T: a matrix of a block, on each device's own
-  tokens.
+  """einsum(equation, x, param), where x and the result lead with B and T. Each device multiplies its own tokens.
 
   Each device gathers what it lacks of "embed". The gradient goes the other way: its terms are summed where the
   slice is held (reduce-scatter), and only the slices over the remaining devices. Where the sum is over a split
-  dim (Megatron's row-parallel product, arXiv:1909.08053) the result is what the residual stream takes: on every
-  device, or each with its part of the length (reduce-scatter; sequence parallelism, arXiv:2205.05198).
+  dim (Megatron's row-parallel product, arXiv:1909.08053) it ends on every device, or each has its part of the
+  length, as the residual stream does (reduce-scatter: sequence parallelism, arXiv:2205.05198).
 
   B and T go in as one dim: over two dims XLA:CPU sums a weight's gradient only after it has copied the operands
   transposed, into a slower product.
@@ -59,7 +58,7 @@ def linear(cfg, equation, x, param):
   left, right = inputs.split(",")
   x_spec = jax.typeof(x).sharding.spec
   place = dict(zip(right, w_spec)) | dict(zip(left, x_spec))
-  over = names([spec for letter, spec in zip(right, w_spec) if letter not in out and axes[right.index(letter)] != "embed"])
+  over = names(spec for letter, spec, axis in zip(right, w_spec, axes) if letter not in out and axis != "embed")
   finer = finer_than_length(rules, over)
   if finer:
     place["T"] = rules("residual")[0]
@@ -73,24 +72,26 @@ def linear(cfg, equation, x, param):
     y = y.reshape(b, t, *y.shape[1:])
     return sum_over(y, over, finer)
 
-  spec = jax.P(*(place[letter] if letter in left or axes[right.index(letter)] != "embed" else None for letter in out))
+  if axes[-1] == "embed":
+    place[right[-1]] = None
+  spec = jax.P(*(place[letter] for letter in out))
   y = on_devices(local, (x_spec, w_spec), spec)(x, w)
   to_residual = axes[-1] == "embed" and place["T"] != rules("residual")[0]
   return jax.sharding.reshard(y, rules("batch", "residual", None)) if to_residual else y
 
 
 def embed_shards(cfg, param):
-  """(the parameter in the compute dtype, its spec), still split over those axes of "embed" that split tokens too:
-  `gather_embed` puts it together on the device."""
+  """(the parameter in the compute dtype, its spec), still split over those axes of "embed" that split tokens
+  too: `gather_embed` puts it together on the device."""
   rules = dataclasses.replace(cfg.rules, embed=_of_tokens(cfg.rules))
   spec = rules(*param.get_metadata()["axes"])
   return jax.sharding.reshard(param[...].astype(cfg.compute_dtype), spec), spec
 
 
 def gather_embed(rules, w, spec, dim):
-  """Inside on_devices: w, split as `spec` says, with all of its dim "embed". Its gradient is scattered first, and
-  then summed over the other devices that have tokens for it."""
-  axes = _of_tokens(rules)
+  """Inside on_devices: w, split as `spec` says, with all of its dim "embed". Its gradient is scattered first,
+  and then summed over the other devices that have tokens for it."""
+  axes = tuple(axis for axis in _of_tokens(rules) if jax.lax.axis_size(axis) > 1)
   others = tuple(axis for axis in rules.batch + rules.length if axis not in names(spec))
   w = jax.lax.pcast(w, others, to="varying") if others else w
   return jax.lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w

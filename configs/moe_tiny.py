@@ -1,8 +1,8 @@
 """The smallest mixture of experts: 8 experts, 2 a token, evened out by a bias instead of a loss.
 
 python -m train.main --config=configs/moe_tiny.py
-Cost: a minute on a laptop. Expected: the loss falls below 3.0 within 40 steps, and moe/max_over_mean_load/worst
-falls. Split it over pretended devices with
+Cost: a minute on a laptop. Expected: the loss falls below 3.0 within 40 steps, and
+moe/max_over_mean_load/worst falls. Split it over pretended devices with
 JAX_NUM_CPU_DEVICES=8 JAX_PLATFORMS=cpu ... --config.mesh.expert=4 --config.mesh.tensor=2
 """
 from configs import tiny

@@ -115,7 +115,8 @@ class ModelConfig:
     """The mixture of experts, of which n_experts and n_experts_per_token must be given."""
     for name in ("n_experts", "n_experts_per_token"):
       if getattr(self, name) is None:
-        raise ValueError(f"model.ffn='moe' needs model.{name}; Mixtral has n_experts=8, n_experts_per_token=2")
+        raise ValueError(f"model.ffn='moe' needs model.{name}; Mixtral has n_experts=8, "
+                         "n_experts_per_token=2")
     E, k, groups, chosen = (
         self.n_experts, self.n_experts_per_token, self.n_expert_groups, self.n_groups_per_token)
     self.d_expert = self.d_expert or self.d_ff
@@ -123,22 +124,23 @@ class ModelConfig:
       raise ValueError(f"model.n_expert_groups={groups} and model.n_groups_per_token={chosen} go together: "
                        "give both, or None")
     if groups is not None and E % groups:
-      raise ValueError(f"model.n_experts={E} is not a multiple of model.n_expert_groups={groups}; nearest valid "
-                       f"n_expert_groups: {_nearest_divisors(E, groups)}")
+      raise ValueError(f"model.n_experts={E} is not a multiple of model.n_expert_groups={groups}; nearest "
+                       f"valid n_expert_groups: {_nearest_divisors(E, groups)}")
     if groups is not None and chosen > groups:
-      raise ValueError(f"model.n_groups_per_token={chosen} is more than model.n_expert_groups={groups}; nearest "
-                       f"valid: {groups}")
+      raise ValueError(f"model.n_groups_per_token={chosen} is more than model.n_expert_groups={groups}; "
+                       f"nearest valid: {groups}")
     within = E if groups is None else E // groups * chosen
     if k > within:
-      raise ValueError(f"model.n_experts_per_token={k} is more than the {within} experts that a token may choose "
-                       f"from; nearest valid: {within}")
+      raise ValueError(f"model.n_experts_per_token={k} is more than the {within} experts that a token may "
+                       f"choose from; nearest valid: {within}")
     if self.exchange == "all_to_all" and self.dispatch != "capacity":
       raise ValueError(f"model.exchange='all_to_all' has fixed room for each expert, which model.dispatch="
                        f"{self.dispatch!r} does not; nearest valid: model.dispatch='capacity', or "
                        "model.exchange='ragged'")
     if self.exchange == "ragged" and self.dispatch != "dropless":
       raise ValueError(f"model.exchange='ragged' drops nothing, which contradicts model.dispatch="
-                       f"{self.dispatch!r}; nearest valid: model.dispatch='dropless', or model.exchange='gather'")
+                       f"{self.dispatch!r}; nearest valid: model.dispatch='dropless', or "
+                       "model.exchange='gather'")
 
   def _validate_layers(self):
     if self.layer_pattern is None:

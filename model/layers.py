@@ -42,15 +42,16 @@ def read(cfg, param):
 
 
 def linear(cfg, equation, x, param):
-  """einsum(equation, x, param), where x and the result lead with B and T. Each device multiplies its own tokens.
+  """einsum(equation, x, param), where x and the result lead with B and T. Each device multiplies its own
+  tokens.
 
-  Each device gathers what it lacks of "embed". The gradient goes the other way: its terms are summed where the
-  slice is held (reduce-scatter), and only the slices over the remaining devices. Where the sum is over a split
-  dim (Megatron's row-parallel product, arXiv:1909.08053) it ends on every device, or each has its part of the
-  length, as the residual stream does (reduce-scatter: sequence parallelism, arXiv:2205.05198).
+  Each device gathers what it lacks of "embed". The gradient goes the other way: its terms are summed where
+  the slice is held (reduce-scatter), and only the slices over the remaining devices. Where the sum is over a
+  split dim (Megatron's row-parallel product, arXiv:1909.08053) it ends on every device, or each has its part
+  of the length, as the residual stream does (reduce-scatter: sequence parallelism, arXiv:2205.05198).
 
-  B and T go in as one dim: over two dims XLA:CPU sums a weight's gradient only after it has copied the operands
-  transposed, into a slower product.
+  B and T go in as one dim: over two dims XLA:CPU sums a weight's gradient only after it has copied the
+  operands transposed, into a slower product.
   """
   rules, axes = cfg.rules, param.get_metadata()["axes"]
   w, w_spec = embed_shards(cfg, param)
@@ -58,7 +59,8 @@ def linear(cfg, equation, x, param):
   left, right = inputs.split(",")
   x_spec = jax.typeof(x).sharding.spec
   place = dict(zip(right, w_spec)) | dict(zip(left, x_spec))
-  over = names(spec for letter, spec, axis in zip(right, w_spec, axes) if letter not in out and axis != "embed")
+  over = names(spec for letter, spec, axis in zip(right, w_spec, axes)
+               if letter not in out and axis != "embed")
   finer = finer_than_length(rules, over)
   if finer:
     place["T"] = rules("residual")[0]

@@ -1,7 +1,8 @@
 """Pipeline parallelism in one program: every stage computes at every iteration, on another micro-batch.
 
 GPipe (arXiv:1811.06965) when each micro-batch visits a stage once; circular (arXiv:2104.04473, interleaved)
-when it visits each stage `repeats` times, the layers dealt out in turns. The backward pass is JAX's of the loop.
+when it visits each stage `repeats` times, the layers dealt out in turns. The backward pass is JAX's of the
+loop.
 """
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,13 @@ def pipeline(stage_fn, params, x_BTD, others, *, n_stages: int, n_micro: int, re
   """Runs x through the layers that `params` stack.
 
   Stage s holds the chunks of layers s, s + p, s + 2p, ... of p stages. At iteration t it works on item t - s;
-  item w is the visit w // m of micro-batch w % m. What leaves the last stage comes back to stage 0, which keeps
-  it for the next visit; hence m >= p when there are several.
+  item w is the visit w // m of micro-batch w % m. What leaves the last stage comes back to stage 0, which
+  keeps it for the next visit; hence m >= p when there are several.
 
   Args:
     stage_fn: (layers, x_bTD, *others) -> (x_bTD, aux), aux a tree of arrays that lead with the layers.
-    params: a tree of arrays that lead with [layers], or [repeats, layers] where repeats > 1, split over "layers".
+    params: a tree of arrays that lead with [layers], or [repeats, layers] where repeats > 1, split over
+      "layers".
     others: arrays [B, T, ...] that travel with x: positions, segments.
 
   Returns:
@@ -35,9 +37,9 @@ def pipeline(stage_fn, params, x_BTD, others, *, n_stages: int, n_micro: int, re
   micro = [_split(a, m) for a in (x_BTD, *others)]
   # Each stage has a buffer of all micro-batches; only that of stage 0 is ever read.
   buffer = jax.tree.map(lambda a: jnp.where(_like(stage_P == 0, a.ndim + 1), a[None], 0), micro[0])
-  current = [jnp.zeros_like(buffer[:, 0])] + [
-      jnp.zeros((p, *a.shape[1:]), a.dtype, out_sharding=jax.P(*rules("layers"), *jax.typeof(a).sharding.spec[1:]))
-      for a in micro[1:]]
+  zeros = lambda a: jnp.zeros((p, *a.shape[1:]), a.dtype,
+                              out_sharding=jax.P(*rules("layers"), *jax.typeof(a).sharding.spec[1:]))
+  current = [zeros(a) for a in micro]
 
   def iteration(carry, t):
     current, buffer, total = carry
@@ -60,7 +62,8 @@ def pipeline(stage_fn, params, x_BTD, others, *, n_stages: int, n_micro: int, re
   with staged():
     shapes = jax.eval_shape(lambda layers, x: jax.vmap(stage_fn)(layers, *x)[1],
                             jax.tree.map(lambda a: a[:, 0], chunks), current)
-  total = jax.tree.map(lambda a: jnp.zeros((p, v, *a.shape[1:]), a.dtype, out_sharding=rules("layers")), shapes)
+  total = jax.tree.map(
+      lambda a: jnp.zeros((p, v, *a.shape[1:]), a.dtype, out_sharding=rules("layers")), shapes)
   (_, buffer, total), _ = jax.lax.scan(iteration, (current, buffer, total), jnp.arange(iterations(p, m, v)))
   out = jnp.where(_like(stage_P == 0, buffer.ndim), buffer, 0).sum(0)
   return _join(out), jax.tree.map(_all_layers, total)

@@ -5,8 +5,8 @@ import dataclasses
 import math
 
 import jax
-from jax.experimental import mesh_utils
 from jax.custom_batching import custom_vmap
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # Slow to fast links. Unused axes have size 1; none is ever absent.
@@ -30,8 +30,8 @@ class AxisRules:
   mlp: tuple[str, ...] = ("tensor",)
   experts: tuple[str, ...] = ("expert",)
   layers: tuple[str, ...] = ("stage",)
-  gradient: tuple[str, ...] = ("fsdp",)  # "embed" of gradients (ZeRO-2) and of optimizer state (ZeRO-1), which
-  moment: tuple[str, ...] = ("fsdp",)  # may be split where the parameters are not.
+  gradient: tuple[str, ...] = ("fsdp",)  # "embed" of gradients (ZeRO-2) and of optimizer state (ZeRO-1),
+  moment: tuple[str, ...] = ("fsdp",)  # which may be split where the parameters are not.
 
   def __call__(self, *axes: str | None) -> PartitionSpec:
     """rules("batch", None, "heads") -> P(("data", "fsdp", "expert"), None, "tensor")."""
@@ -83,8 +83,9 @@ def make_mesh(*, slices: int = 1, slice_axis: str = "data", **sizes: int) -> jax
   """make_mesh(fsdp=-1, tensor=2) over all devices of all processes, with Explicit axes.
 
   Args:
-    slices: groups of devices with a slow network between them: TPU slices, or processes where the devices know
-      of none. `slice_axis`, whose size they divide, is the axis that goes over it, slices varying slowest.
+    slices: groups of devices with a slow network between them: TPU slices, or processes where the devices
+      know of none. `slice_axis`, whose size they divide, is the axis that goes over it, slices varying
+      slowest.
   """
   shape, types = mesh_shape(sizes, jax.device_count()), (AxisType.Explicit,) * len(MESH_AXES)
   if slices == 1:

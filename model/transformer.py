@@ -20,7 +20,8 @@ _saveable = jax.checkpoint_policies
 
 
 def _all_but_gathered(primitive, *_, **__):
-  """What was gathered from other devices is gathered again: saved, the layers' weights would be whole on each."""
+  """What was gathered from other devices is gathered again: saved, the layers' weights would be whole on
+  each."""
   return primitive.name not in ("reshard", "all_gather", "all_gather_invariant")
 
 
@@ -49,8 +50,9 @@ def check_names(cfg: ModelConfig) -> None:
   Raises:
     ValueError: naming the field, its value and the valid names.
   """
-  for field, table in (("context", CONTEXT), ("attention", ATTENTION), ("attention_impl", KERNEL), ("ffn", FFN), ("norm", NORM),
-                       ("norm_position", NORM_POSITION), ("init", INIT), ("remat", REMAT),
+  for field, table in (("context", CONTEXT), ("attention", ATTENTION), ("attention_impl", KERNEL),
+                       ("ffn", FFN), ("norm", NORM), ("norm_position", NORM_POSITION), ("init", INIT),
+                       ("remat", REMAT),
                        ("head", dict.fromkeys(HEAD))):
     lookup(table, getattr(cfg, field), f"model.{field}")
   if cfg.ffn == "moe":
@@ -82,7 +84,7 @@ class Block(nnx.Module):
 
     def attention(x_BTD):
       nonlocal new_cache
-      # Where the residual stream is split finer than the length, this gathers it (Megatron's sequence parallelism).
+      # Where the residual stream is split finer than the length (sequence parallelism), this gathers it.
       x_BTD = jax.sharding.reshard(x_BTD, rules("batch", "length", None))
       out_BTD, new_cache = self.attention(x_BTD, pos_BT, segment_BT, cache)
       return dropout(out_BTD, self.cfg.dropout, keys[0])
@@ -282,7 +284,8 @@ def init_params(cfg, mesh, key):
 
   def init(key):
     flat = nnx.to_flat_state(nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))))
-    flat = [(path, param.replace(repeat("/".join(map(str, path)), param.get_value()))) for path, param in flat]
+    flat = [(path, param.replace(repeat("/".join(map(str, path)), param.get_value())))
+            for path, param in flat]
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
 
   return graphdef, jax.jit(init, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))(key)

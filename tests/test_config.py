@@ -3,7 +3,6 @@
 After an intended change: python -m tests.test_config rewrites tests/config_fields.txt and tests/golden/.
 """
 import argparse
-import dataclasses
 import math
 import pathlib
 import typing
@@ -52,7 +51,8 @@ CONTRADICTIONS = [
     "model.pipeline_microbatches=1"], ["model.pipeline_microbatches=1", "mesh.stage=2", "nearest valid: 2"]),
   (["mesh.seq=8", "mesh.fsdp=1", "model.context=ring"],
    ["model.context='ring'", "model.attention_impl='dot_product'", "'chunked'"]),
-  (["mesh.seq=8", "mesh.fsdp=1", "model.context=ulysses"], ["model.context='ulysses'", "8 devices of a row", "n_heads=4"]),
+  (["mesh.seq=8", "mesh.fsdp=1", "model.context=ulysses"],
+   ["model.context='ulysses'", "8 devices of a row", "n_heads=4"]),
   (["model.rules.length=('tensor',)"], ["model.rules.length", "model.rules.heads", "tensor"]),
   (["model.rules.layers=('fsdp',)"], ["model.rules.layers", "model.rules.embed", "fsdp"]),
   (["model.rules.residual=()"], ["model.rules.residual", "model.rules.length", "seq"]),

@@ -159,13 +159,13 @@ def _twice(w):
 
 def _gathered_twice(patch):
   """The gradient of what is gathered over "fsdp" is doubled, which changes no loss, and nothing in AdamW."""
-  read = layers.read
+  gather = layers.gather_embed
 
-  def twice(cfg, param):
-    split = "embed" in param.get_metadata()["axes"] and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
-    return _twice(read(cfg, param)) if split else read(cfg, param)
+  def twice(rules, w, spec, dim):
+    whole = gather(rules, w, spec, dim)
+    return whole if whole.shape == w.shape else _twice(whole)
 
-  patch.setattr(layers, "read", twice)
+  patch.setattr(layers, "gather_embed", twice)
 
 
 def _experts_twice(patch):

@@ -65,7 +65,8 @@ def check_hops(text, mesh):
   # XLA numbers devices by their place in the mesh.
   order = [device.id for device in mesh.devices.reshape(-1)]
   for pairs in hops:
-    steps = {(stage[order[int(b)]] - stage[order[int(a)]]) % p for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)}
+    steps = {(stage[order[int(b)]] - stage[order[int(a)]]) % p
+             for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)}
     assert steps in ({1}, {p - 1}), pairs
 
 

@@ -56,8 +56,8 @@ def update_biases(cfg, step, params, loads):
 
 
 def router_metrics(cfg, sums) -> dict:
-  """Per layer, in the order of the layers, as vectors: the largest load over the mean, experts without a token,
-  the share of choices that were dropped, the entropy of the router in nats."""
+  """Per layer, in the order of the layers, as vectors: the largest load over the mean, experts without a
+  token, the share of choices that were dropped, the entropy of the router in nats."""
   per_place = [_health(cfg, s) for s in sums.values()]
   return {f"moe/{name}": jnp.stack([p[name] for p in per_place], axis=1).reshape(-1) for name in per_place[0]}
 

@@ -40,7 +40,8 @@ RANGES = {
                "data.sources[].weight", "optim.warmup_steps", "optim.weight_decay",
                "report.temperature"),
   "(0, inf)": (
-    "model.routed_scale", "model.capacity_factor", "model.attention_softcap", "model.logit_softcap", "model.embed_scale", "model.rope_theta",
+    "model.routed_scale", "model.capacity_factor", "model.attention_softcap", "model.logit_softcap",
+    "model.embed_scale", "model.rope_theta",
     "model.norm_eps", "model.init_std", "data.sources[].max_epochs", "data.temperature", "optim.lr",
     "optim.eps", "optim.grad_clip", "optim.spike_sigma", "stall_s"),
   "[0, 1)": ("model.dropout", "data.val_fraction", "optim.b1", "optim.b2", "optim.momentum", "optim.ema"),
@@ -68,8 +69,8 @@ SET = "set"  # Neither None, 0, False nor empty.
 READ_IF = (
   ("model.init_std", "model.init", ("normal",)),
   *((f"model.{name}", "model.ffn", ("moe",)) for name in (
-    "n_experts", "n_experts_per_token", "d_expert", "n_shared_experts", "n_dense_layers", "router", "router_bias",
-    "n_expert_groups", "n_groups_per_token", "routed_scale", "dispatch", "exchange")),
+    "n_experts", "n_experts_per_token", "d_expert", "n_shared_experts", "n_dense_layers", "router",
+    "router_bias", "n_expert_groups", "n_groups_per_token", "routed_scale", "dispatch", "exchange")),
   ("model.capacity_factor", "model.dispatch", ("capacity",)),
   *((f"balance.{name}", "model.ffn", ("moe",)) for name in ("sequence_loss", "z_loss")),
   ("balance.bias_rate", "model.router_bias", SET),
@@ -330,7 +331,7 @@ class TrainConfig:
     self._validate_rows(ways)
     check_context(self.model, ways=ways("length"), heads_ways=ways("heads"), seq_len=self.seq_len)
     if ways("layers") > 1:
-      self._validate_pipeline(ways("layers"))
+      self._validate_pipeline(ways)
 
   def _validate_splits(self, sizes, ways):
     """Every dimension is a multiple of the devices that it is split over."""
@@ -346,9 +347,10 @@ class TrainConfig:
       if value is None or value % ways(rule) == 0:
         continue
       axes = [axis for axis in getattr(m.rules, rule) if sizes[axis] > 1]
-      raise ValueError(f"{name}={value} is not a multiple of {'*'.join('mesh.' + a for a in axes)}={ways(rule)}; "
-                       + (f"nearest valid mesh.{axes[0]}: {math.gcd(value, ways(rule))}" if len(axes) == 1 else
-                          _nearest_multiples(name, value, ways(rule))))
+      near = (f"nearest valid mesh.{axes[0]}: {math.gcd(value, ways(rule))}" if len(axes) == 1
+              else _nearest_multiples(name, value, ways(rule)))
+      raise ValueError(f"{name}={value} is not a multiple of {'*'.join('mesh.' + a for a in axes)}="
+                       f"{ways(rule)}; {near}")
 
   def _validate_rows(self, ways):
     if self.batch_size % self.accum_steps:
@@ -360,26 +362,24 @@ class TrainConfig:
                        f"{'*'.join(self.model.rules.batch)}={step} times accum_steps={self.accum_steps}; "
                        f"{_nearest_multiples('batch_size', self.batch_size, step * self.accum_steps)}")
 
-  def _validate_pipeline(self, p):
-    m, v = self.model, self.model.pipeline_repeats
+  def _validate_pipeline(self, ways):
+    p, m, v = ways("layers"), self.model, self.model.pipeline_repeats
     micro = m.pipeline_microbatches or p
     if m.dropout:
-      raise ValueError(f"model.dropout={m.dropout} is not supported with mesh.stage={p}: its masks would depend on "
-                       "the mesh; nearest valid: model.dropout=0.0, or mesh.stage=1")
+      raise ValueError(f"model.dropout={m.dropout} is not supported with mesh.stage={p}: its masks would "
+                       "depend on the mesh; nearest valid: model.dropout=0.0, or mesh.stage=1")
     if v > 1 and micro < p:
       raise ValueError(f"model.pipeline_microbatches={micro} is less than mesh.stage={p}, which "
                        f"model.pipeline_repeats={v} needs; nearest valid: {p}")
     groups, group = (m.n_layers - m.n_dense_layers) // len(m.layer_pattern), len(m.layer_pattern)
     if groups % (p * v):
-      layers = _nearest_multiples("", m.n_layers - m.n_dense_layers, p * v * group).removeprefix("nearest valid : ")
-      raise ValueError(f"model.n_layers={m.n_layers} less n_dense_layers={m.n_dense_layers}, in groups of {group}, "
-                       f"is not a multiple of mesh.stage={p} times model.pipeline_repeats={v}; nearest valid "
-                       f"number of layers in the pipeline: {layers}")
-    step = micro * self.accum_steps * math.prod(
-        max(getattr(self.mesh, axis), 1) for axis in m.rules.batch)
+      near = _nearest_multiples("model.n_layers less n_dense_layers", groups * group, p * v * group)
+      raise ValueError(f"model.n_layers={m.n_layers} less n_dense_layers={m.n_dense_layers}, by {group}, is "
+                       f"not a multiple of mesh.stage={p} times model.pipeline_repeats={v}: {near}")
+    step = micro * self.accum_steps * ways("batch")
     if self.batch_size % step:
-      raise ValueError(f"batch_size={self.batch_size} is not a multiple of model.pipeline_microbatches={micro} "
-                       f"times the {step // micro} devices and micro-batches that share it; "
+      raise ValueError(f"batch_size={self.batch_size} is not a multiple of model.pipeline_microbatches="
+                       f"{micro} times the {step // micro} devices and micro-batches that share it; "
                        f"{_nearest_multiples('batch_size', self.batch_size, step)}")
 
 

@@ -95,11 +95,12 @@ class StepLog:
       LostLoss: it is 0.
     """
     balance = self.cfg.balance
-    for name, weight, setting in (("balance_loss", balance.loss, "loss"), ("router_z_loss", balance.z_loss, "z_loss"),
-                                  ("sequence_loss", balance.sequence_loss, "sequence_loss")):
+    for name, setting in (("balance_loss", "loss"), ("router_z_loss", "z_loss"),
+                          ("sequence_loss", "sequence_loss")):
+      weight = getattr(balance, setting)
       if weight and not metrics.get(name, 0.0) > 0:
-        raise LostLoss(f"balance.{setting}={weight}, but {name} is {metrics.get(name)} in the first step: model.ffn="
-                       f"{self.cfg.model.ffn!r} does not report it")
+        raise LostLoss(f"balance.{setting}={weight}, but {name} is {metrics.get(name)} in the first step: "
+                       f"model.ffn={self.cfg.model.ffn!r} does not report it")
 
   def _explain(self, step, metrics, params):
     """A skipped step: its rows, the worst first, in a file; too many in a row end the run."""

@@ -23,7 +23,8 @@ class LossSpec(typing.NamedTuple):
 
 def loss_spec(cfg, chunk: int, z_loss: float) -> LossSpec:
   rules = cfg.rules
-  return LossSpec(chunk, cfg.vocab_size, cfg.logit_softcap, z_loss, rules.batch, rules.loss_length, rules.vocab)
+  return LossSpec(chunk, cfg.vocab_size, cfg.logit_softcap, z_loss, rules.batch, rules.loss_length,
+                  rules.vocab)
 
 
 def cross_entropy(spec, x_BTD, head_DV, targets_BT, weights_BT):
@@ -136,8 +137,8 @@ def _reduce(collective, x, axes):
 
 
 def in_order(cfg, batch):
-  """The tokens of each row as cfg.context wants them: with zigzag, a device that holds a part of a row holds an
-  early and a late one. Nothing of a token is lost by it: its position and segment go along."""
+  """The tokens of each row as cfg.context wants them: with zigzag, a device that holds a part of a row holds
+  an early and a late one. Nothing of a token is lost by it: its position and segment go along."""
   if cfg.context != "zigzag":
     return batch
   order_T = zigzag_order(batch["tokens"].shape[1], ways(jax.sharding.get_abstract_mesh(), cfg.rules.length))

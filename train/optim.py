@@ -45,8 +45,8 @@ def _muon(o, model):
 
 
 def _matrix(model, path, param) -> contrib.MuonDimensionNumbers | None:
-  """Rows and columns of a parameter of a block. Layers and experts are stacks of matrices; heads belong to their
-  side; a router is none."""
+  """Rows and columns of a parameter of a block. Layers and experts are stacks of matrices; heads belong to
+  their side; a router is none."""
   name, ndim = path_name(path), len(param.shape)
   first = stack_dims(model, name)  # The dim of the rows.
   if first == 0 or ndim - first < 2 or name.endswith(("bias", "/w_router")):

@@ -37,8 +37,8 @@ class TrainState:
 
 
 def init_state(cfg, mesh):
-  """(graphdef, TrainState), each array born in its shards. Moments take their parameter's sharding, with "embed"
-  as the rules' "moment"."""
+  """(graphdef, TrainState), each array born in its shards. Moments take their parameter's sharding, with
+  "embed" as the rules' "moment"."""
   tx = make_optimizer(cfg, abstract_params(cfg.model, mesh)[1])
   with jax.set_mesh(mesh):
     graphdef, params = init_params(cfg.model, mesh, jax.random.key(cfg.seed))
@@ -64,12 +64,14 @@ def _new_state(cfg, tx, params):
   guard = Guard(number(jnp.float32), number(jnp.float32), number(jnp.int32), number(jnp.int32))
   # Whatever the parameters are.
   moved = _shard(jax.tree.map(lambda p: p.astype(jnp.float32), params), _specs(cfg, params, "moment"))
-  return TrainState(number(jnp.int32), params, tx.init(moved), None if cfg.optim.ema is None else moved, guard)
+  ema = None if cfg.optim.ema is None else moved
+  return TrainState(number(jnp.int32), params, tx.init(moved), ema, guard)
 
 
 def _specs(cfg, params, field):
   """The specs of the parameters ("embed"), of their gradients or of their moments, of which the rules say how
-  the dim "embed" is split. ZeRO (arXiv:1910.02054): stage 1 splits the moments, 2 the gradients too, 3 all."""
+  the dim "embed" is split. ZeRO (arXiv:1910.02054): stage 1 splits the moments, 2 the gradients too, 3
+  all."""
   mesh, rules = jax.sharding.get_abstract_mesh(), cfg.model.rules
   if getattr(rules, field) == rules.embed:
     return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, params)
@@ -170,8 +172,8 @@ def _accumulate(cfg, graphdef, params, batch, key):
 
 
 def _loads(graphdef, params, micros, key_of):
-  """How often each expert is chosen in the whole batch: one more forward pass, which the gradient of a balance
-  over all micro-batches takes."""
+  """How often each expert is chosen in the whole batch: one more forward pass, which the gradient of a
+  balance over all micro-batches takes."""
   def count(micro):
     index, batch = micro
     model = nnx.merge(graphdef, params)

@@ -53,8 +53,28 @@ def attention(cfg, p, x, pos, segment, window):
   return np.tensordot(out, p["wo"], 2) + p.get("o_bias", 0)
 
 
+def mixture(cfg, p, x):
+  """Token by token: its experts, one after the other."""
+  E, k, groups = cfg.n_experts, cfg.n_experts_per_token, cfg.n_expert_groups or 1
+  y = np.zeros_like(x)
+  for t, logits in enumerate(x @ p["w_router"]):
+    scores = special.expit(logits) if cfg.router == "sigmoid" else special.softmax(logits)
+    chosen_by = scores + p.get("balance_bias", 0)
+    best = 2 if cfg.router == "sigmoid" else 1  # Of each group, by whose sum groups are chosen.
+    of_group = np.sort(chosen_by.reshape(groups, -1), axis=1)[:, -best:].sum(1)
+    kept = np.argsort(-of_group)[:cfg.n_groups_per_token or 1]
+    allowed = [e for e in range(E) if e // (E // groups) in kept]
+    experts = sorted(allowed, key=lambda e: -chosen_by[e])[:k]
+    for e in experts:
+      hidden = ACTIVATION["swiglu"](x[t] @ p["w_gate"][e]) * (x[t] @ p["w_up"][e])
+      y[t] += cfg.routed_scale * scores[e] / scores[experts].sum() * (hidden @ p["w_down"][e])
+  return y + (feed_forward(cfg, p["shared"], x) if "shared" in p else 0)
+
+
 def feed_forward(cfg, p, x):
-  act, up = ACTIVATION[cfg.ffn], x @ p["w_up"] + p.get("up_bias", 0)
+  if "w_router" in p:
+    return mixture(cfg, p, x)
+  act, up = ACTIVATION["swiglu" if cfg.ffn == "moe" else cfg.ffn], x @ p["w_up"] + p.get("up_bias", 0)
   hidden = act(x @ p["w_gate"]) * up if "w_gate" in p else act(up)
   return hidden @ p["w_down"] + p.get("down_bias", 0)
 
@@ -65,7 +85,12 @@ def forward(cfg, params, tokens, pos, segment):
   n_in_group = len(cfg.layer_pattern)
   for layer in range(cfg.n_layers):
     kind = cfg.layer_pattern[layer % n_in_group]
-    p = jax.tree.map(lambda a, g=layer // n_in_group: a[g], params["blocks"][str(layer % n_in_group)])
+    first = layer < cfg.n_dense_layers
+    stack = params["first_blocks" if first else "blocks"][str(layer % n_in_group)]
+    group = (layer if first else layer - cfg.n_dense_layers) // n_in_group
+    if cfg.pipeline_repeats > 1:
+      stack = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stack)
+    p = jax.tree.map(lambda a, g=group: a[g], stack)
     parts = (("attention", lambda x, p=p, kind=kind: attention(
                 cfg, p["attention"], x, pos, segment, cfg.window if kind == "local" else None)),
              ("ffn", lambda x, p=p: feed_forward(cfg, p["ffn"], x)))

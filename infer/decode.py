@@ -16,7 +16,7 @@ from flax import nnx
 from infer.sampling import Sampling, Settings, sample, stack_settings
 from model.cache import init_cache
 from model.config import ModelConfig
-from model.sharding import DECODE, fit, place
+from model.sharding import DECODE, fit, place, ways
 from model.transformer import Transformer, abstract_params, unstack
 
 MIN_CHUNK = 16  # Tokens; shorter prompts are padded to it.
@@ -74,6 +74,9 @@ class Generator:
       batch_size: most requests that run together.
       prefill_chunk: most tokens of a prompt that are read at once.
       steps_per_call: tokens made between two looks of the host.
+
+    Raises:
+      ValueError: the model cannot be split over the mesh.
     """
     self.cfg, self.mesh = decode_config(cfg, mesh), mesh
     self.stop_ids, self.batch_size = tuple(stop_ids), batch_size
@@ -256,7 +259,18 @@ def decode(graphdef, stop_ids, n_steps, weights, settings: Settings, cancel_B, s
 # Weights and shapes.
 
 def decode_config(cfg: ModelConfig, mesh) -> ModelConfig:
-  """The config under the DECODE rules, for this mesh."""
+  """The config under the DECODE rules, for this mesh.
+
+  Raises:
+    ValueError: a dim of the weights is no multiple of the devices that it is split over.
+  """
+  for name, rule in (("n_heads", "heads"), ("d_ff", "mlp"), ("d_expert", "mlp"), ("n_experts", "experts"),
+                     ("padded_vocab_size", "vocab")):
+    value, axes = getattr(cfg, name) or 0, getattr(DECODE, rule)
+    if value % ways(mesh, axes):
+      axis = "*".join(f"mesh.{a}" for a in axes)
+      raise ValueError(f"model.{name}={value} is not a multiple of {axis}={ways(mesh, axes)}; nearest valid "
+                       f"{axis}: {math.gcd(value, ways(mesh, axes))}")
   return fit(dataclasses.replace(cfg, rules=DECODE), mesh)
 
 

@@ -24,11 +24,12 @@ def gradients(k, mesh_name="one"):
   with jax.set_mesh(mesh):
     f = jax.jit(lambda params, batch: _accumulate(cfg, graphdef, params, batch, None))
     (_, aux), grads = f(state.params, put(cfg.model, mesh, packed_batch()))
-  return jax.device_get({n: aux[n] for n in ("balance_loss", "router_z_loss", "sequence_loss", "router")}), grads
+  kept = ("balance_loss", "router_z_loss", "sequence_loss", "router")
+  return jax.device_get({name: aux[name] for name in kept}), grads
 
 
 def test_losses_are_over_the_global_batch_however_it_is_cut():
-  """2 micro-batches, whose own loads differ, on 8 devices: the losses and the router's gradient of one batch."""
+  """2 micro-batches, whose loads differ, on 8 devices: the losses and the router's gradient of one batch."""
   want, want_grads = gradients(1)
   got, grads = gradients(2, "tensor")
   for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
@@ -97,7 +98,8 @@ def skewed(seed, b=32, t=48):
 
 @functools.cache
 def train(router_bias, steps=300):
-  """(loss, max / mean load of the worst layer) of each step; two experts are everybody's favourites at first."""
+  """(loss, max / mean load of the worst layer) of each step; two experts are everybody's favourites at
+  first."""
   cfg = run_config(model=SIGMOID | dict(router_bias=router_bias, d_model=64),
                    balance=BalanceConfig(bias_rate=0.003) if router_bias else BalanceConfig(),
                    optim=OptimConfig(lr=2e-3, warmup_steps=10))

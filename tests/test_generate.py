@@ -199,7 +199,7 @@ def test_weights_and_steps_are_told_apart(run_path, capsys):
   (["--run={}", "--prompt=a", "--top_k=many"], "invalid int value"),
   (["--run={}", "--prompt=a", "--step=30"], "--step=30 was not saved; saved: 20, 40"),
   (["--run={}", "--prompt=a", "--tensor=3"], "needs 3 devices or a multiple; this run has 8"),
-  (["--run={}", "--prompt=a", "--tensor=4"], "n_kv_heads=2 is not a multiple of mesh.tensor=4"),
+  (["--run={}", "--prompt=a", "--tensor=8"], "n_heads=4 is not a multiple of mesh.tensor=8; nearest .*: 4"),
   (["--run={}", "--prompts_file={}/none"], "cannot be read"),
   (["--run={}", "--prompts_file={}/../bad.jsonl"], "bad.jsonl, line 2: unknown setting 'topp'")])
 def test_mistakes_exit_2_and_say_what(run_path, capsys, flags, words):

@@ -149,8 +149,10 @@ def test_experts_stay_where_they_are():
 
 # ZeRO: the bytes that each device holds, against the formula.
 
-@pytest.mark.parametrize("stage, rules", [
-  (0, dict(embed=(), gradient=(), moment=())), (1, dict(embed=(), gradient=())), (2, dict(embed=())), (3, {})])
+ZERO = {0: dict(embed=(), gradient=(), moment=()), 1: dict(embed=(), gradient=()), 2: dict(embed=()), 3: {}}
+
+
+@pytest.mark.parametrize("stage, rules", ZERO.items())
 def test_bytes_of_each_zero_stage(stage, rules):
   cfg, mesh = train_step(dict(fsdp=8), dict(rules=dataclasses.replace(TRAIN, **rules)))
   _, state = init_state(cfg, mesh)
@@ -158,7 +160,8 @@ def test_bytes_of_each_zero_stage(stage, rules):
       sum(shard.data.nbytes for a in jax.tree.leaves(tree) for shard in a.addressable_shards
           if shard.device == device) for device in jax.devices()}
   whole = sum(a.nbytes for a in jax.tree.leaves(state.params))
-  norms = sum(a.nbytes for path, a in jax.tree_util.tree_leaves_with_path(state.params) if "norm" in str(path))
+  leaves = jax.tree_util.tree_leaves_with_path(state.params)
+  norms = sum(a.nbytes for path, a in leaves if "norm" in str(path))
   split = norms + (whole - norms) // 8
   counts = 2 * 4  # Adam's count of steps, and of clipping none: int32.
   assert held(state.params) == {split if stage == 3 else whole}
@@ -166,7 +169,7 @@ def test_bytes_of_each_zero_stage(stage, rules):
   assert all(0 <= n - moments <= counts for n in held(state.opt_state))
 
 
-@pytest.mark.parametrize("stage, rules", [(1, dict(embed=(), gradient=())), (2, dict(embed=()))])
+@pytest.mark.parametrize("stage, rules", [(stage, ZERO[stage]) for stage in (1, 2)])
 def test_zero_gathers_what_it_updated_and_nothing_in_a_layer(stage, rules):
   CASES[f"zero{stage}"] = (dict(fsdp=8), dict(rules=dataclasses.replace(TRAIN, **rules)))
   try:

@@ -27,6 +27,7 @@ MESHES = {
   "tensor": dict(data=4, tensor=2),
   "fsdp_tensor": dict(fsdp=4, tensor=2),
   "all": dict(data=2, fsdp=2, tensor=2),
+  "stage_expert_seq": dict(stage=2, expert=2, seq=2),
 }
 V, B, T = 300, 8, 48
 MOE = dict(ffn="moe", n_experts=8, n_experts_per_token=2, d_expert=24)

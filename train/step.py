@@ -62,7 +62,7 @@ def abstract_state(cfg, mesh):
 def _new_state(cfg, tx, params):
   number = lambda dtype: jnp.zeros((), dtype, out_sharding=jax.P())
   guard = Guard(number(jnp.float32), number(jnp.float32), number(jnp.int32), number(jnp.int32))
-  # Whatever the parameters are.
+  # In float32, whatever the parameters are.
   moved = _shard(jax.tree.map(lambda p: p.astype(jnp.float32), params), _specs(cfg, params, "moment"))
   ema = None if cfg.optim.ema is None else moved
   return TrainState(number(jnp.int32), params, tx.init(moved), ema, guard)
@@ -70,8 +70,7 @@ def _new_state(cfg, tx, params):
 
 def _specs(cfg, params, field):
   """The specs of the parameters ("embed"), of their gradients or of their moments, of which the rules say how
-  the dim "embed" is split. ZeRO (arXiv:1910.02054): stage 1 splits the moments, 2 the gradients too, 3
-  all."""
+  "embed" is split. ZeRO (arXiv:1910.02054): stage 1 splits the moments, 2 the gradients too, 3 all."""
   mesh, rules = jax.sharding.get_abstract_mesh(), cfg.model.rules
   if getattr(rules, field) == rules.embed:
     return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, params)
@@ -162,8 +161,11 @@ def _accumulate(cfg, graphdef, params, batch, key):
   if k == 1:
     (loss, grads, routers), aux = gradient(batch, key)
   else:
-    add = lambda total, micro: (lambda new, aux: (jax.tree.map(jnp.add, total, new), aux))(
-        *gradient(micro[1], key_of(micro[0])))
+    def add(total, micro):
+      index, batch = micro
+      new, aux = gradient(batch, key_of(index))
+      return jax.tree.map(jnp.add, total, new), aux
+
     types, _ = jax.eval_shape(gradient, jax.tree.map(lambda a: a[0], micros[1]), key)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), types)
     (loss, grads, routers), aux = jax.lax.scan(add, zeros, micros)

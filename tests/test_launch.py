@@ -87,6 +87,25 @@ def small(tmp_path, code, **kwargs):
   return launcher.returncode, output, time.monotonic() - begin
 
 
+def test_slices_are_along_the_axis_that_is_named(tmp_path):
+  """Processes stand for slices: along "fsdp" both are met, slowest first; other axes stay within one."""
+  code, output, _ = small(tmp_path, """
+from train.host import start_distributed
+start_distributed()
+from model.sharding import make_mesh
+mesh = make_mesh(slices=2, slice_axis="fsdp", fsdp=4, tensor=2)
+places = [[d.process_index for d in row] for row in mesh.devices.reshape(4, 2)]
+assert places == [[0, 0], [0, 0], [1, 1], [1, 1]], places
+try:
+  make_mesh(slices=4, slice_axis="fsdp", fsdp=4, tensor=2)
+except ValueError as e:
+  assert str(e) == "mesh.slices=4, but this run has 2 processes; nearest valid: 2", e
+else:
+  raise AssertionError("4 slices of 2 processes")
+""", devices=4)
+  assert code == 0, output
+
+
 def test_each_process_knows_its_place(tmp_path):
   code, output, _ = small(tmp_path, "print(sorted((k, v) for k, v in os.environ.items() if k[:4] == 'JAX_'))",
                           processes=3, devices=5)

@@ -271,6 +271,8 @@ def decode_config(cfg: ModelConfig, mesh) -> ModelConfig:
       axis = "*".join(f"mesh.{a}" for a in axes)
       raise ValueError(f"model.{name}={value} is not a multiple of {axis}={ways(mesh, axes)}; nearest valid "
                        f"{axis}: {math.gcd(value, ways(mesh, axes))}")
+  if cfg.dispatch == "capacity":  # Which requests share a batch must not decide what is dropped.
+    cfg = dataclasses.replace(cfg, dispatch="dropless", exchange="gather")
   return fit(dataclasses.replace(cfg, rules=DECODE), mesh)
 
 

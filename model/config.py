@@ -63,7 +63,7 @@ class ModelConfig:
   n_groups_per_token: int | None = None
   routed_scale: float = 1.0  # Times the weights of the routed experts (DeepSeek V3: 2.5).
   dispatch: str = "dropless"  # dropless | capacity | dense (all experts on all tokens: the oracle).
-  capacity_factor: float = 1.25  # capacity only: room for this many times the mean load.
+  capacity_factor: float = 1.25  # capacity only: room for this many times the mean of a device's tokens.
   exchange: str = "gather"  # How tokens reach experts on other devices: gather | all_to_all | ragged.
 
   pipeline_microbatches: int | None = None  # Where the mesh has stages; None: as many as stages.
@@ -120,6 +120,9 @@ class ModelConfig:
     E, k, groups, chosen = (
         self.n_experts, self.n_experts_per_token, self.n_expert_groups, self.n_groups_per_token)
     self.d_expert = self.d_expert or self.d_ff
+    if self.ffn_bias and not (self.n_shared_experts or self.n_dense_layers):
+      raise ValueError("model.ffn_bias=True is not read by model.ffn='moe', whose routed experts have none; "
+                       "nearest valid: False")
     if (groups is None) != (chosen is None):
       raise ValueError(f"model.n_expert_groups={groups} and model.n_groups_per_token={chosen} go together: "
                        "give both, or None")
@@ -157,6 +160,12 @@ class ModelConfig:
       raise ValueError(f"model.n_dense_layers={self.n_dense_layers} must be below model.n_layers="
                        f"{self.n_layers} and a multiple of the {step} of model.layer_pattern; nearest valid: "
                        f"{nearest}")
+    groups = (self.n_layers - self.n_dense_layers) // len(self.layer_pattern)
+    if groups % self.pipeline_repeats:
+      raise ValueError(f"model.pipeline_repeats={self.pipeline_repeats} does not divide the {groups} groups "
+                       f"of layers (n_layers={self.n_layers} less n_dense_layers={self.n_dense_layers}, by "
+                       f"{len(self.layer_pattern)}); nearest valid: "
+                       f"{_nearest_divisors(groups, self.pipeline_repeats)}")
     if self.n_layers % len(self.layer_pattern):
       step = len(self.layer_pattern)
       low = self.n_layers // step * step

@@ -52,10 +52,11 @@ def ways(mesh, axes: tuple[str, ...]) -> int:
 
 
 def fit(cfg, mesh):
-  """The ModelConfig for this mesh: kv heads that cannot be split evenly are kept by every device, which uses
-  those that its query heads need (model.attention); without stages the layers are one stack to scan over."""
+  """The ModelConfig for this mesh: kv heads that cannot be split as the heads are kept by every device, which
+  uses those that its query heads need (model.attention); without stages the layers are one stack to scan
+  over."""
   rules = cfg.rules
-  if cfg.n_kv_heads % ways(mesh, rules.kv_heads):
+  if rules.kv_heads != rules.heads or cfg.n_kv_heads % ways(mesh, rules.kv_heads):
     rules = dataclasses.replace(rules, kv_heads=())
   if ways(mesh, rules.layers) == 1:
     rules = dataclasses.replace(rules, layers=())

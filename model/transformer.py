@@ -144,9 +144,13 @@ class Transformer(nnx.Module):
       x_BTD, aux = self._scan(self.blocks, x_BTD, pos_BT, segment_BT, keys)
     else:
       group, stacked = self._group(self.blocks)
+
+      def stage(layers, x_BTD, *rest):
+        step = lambda x_BTD, layer: group(x_BTD, *rest, layer, None)
+        return jax.lax.scan(step, x_BTD, layers, unroll=cfg.unroll)
+
       x_BTD, aux = pipeline(
-          lambda layers, *x: jax.lax.scan(lambda x_BTD, one: group(x_BTD, *x[1:], one, None), x[0], layers),
-          stacked, x_BTD, (pos_BT, segment_BT), n_stages=n_stages, repeats=cfg.pipeline_repeats,
+          stage, stacked, x_BTD, (pos_BT, segment_BT), n_stages=n_stages, repeats=cfg.pipeline_repeats,
           n_micro=cfg.pipeline_microbatches or n_stages, rules=cfg.rules)
     return self._final(x_BTD), aux
 

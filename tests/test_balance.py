@@ -126,3 +126,22 @@ def test_the_bias_evens_out_a_skewed_stream_at_no_cost_to_the_loss():
   print("bias", bias[0], bias[-20:].mean(0), "auxiliary loss", loss[0], loss[-20:].mean(0))
   assert bias[0, 1] > 3 and bias[-20:, 1].mean() < 1.3
   assert bias[-20:, 0].mean() <= 1.005 * loss[-20:, 0].mean()
+
+
+def test_one_expert_a_token_still_teaches_the_router():
+  """Its weight is its probability (Switch): normalised to 1, the language model would not move the router."""
+  cfg = run_config(model=MOE | dict(n_experts_per_token=1), balance=BalanceConfig(loss=0.0))
+  mesh = mesh_of("one")
+  graphdef, state = init_state(cfg, mesh)
+  with jax.set_mesh(mesh):
+    f = jax.jit(lambda params, batch: _accumulate(cfg, graphdef, params, batch, None)[1])
+    grads = f(state.params, put(cfg.model, mesh, packed_batch()))
+  assert np.abs(grads["blocks"]["0"]["ffn"]["w_router"]).max() > 1e-6
+
+
+def test_a_frozen_bias_stays():
+  cfg = run_config(model=SIGMOID)
+  params = {"blocks": {"0": {"ffn": {"balance_bias": np.zeros((2, 8), np.float32)}}}}
+  cfg.optim.freeze = (("balance_bias", True),)
+  moved = update_biases(cfg, 0, params, {"0": np.arange(16, dtype=np.float32).reshape(2, 8)})
+  assert not moved["blocks"]["0"]["ffn"]["balance_bias"].any()

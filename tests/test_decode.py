@@ -326,3 +326,13 @@ def test_casting_weights_once_changes_no_bit(attention, ffn):
 def test_mistakes_are_named_before_anything_runs(prompts, settings, words):
   with pytest.raises(ValueError, match=words):
     make_generator(make_config()).generate(prompts, settings)
+
+
+def test_which_requests_share_a_batch_decides_nothing_about_experts():
+  """A model trained with room for so many tokens decodes without a limit: alone or beside another row."""
+  cfg = make_config(**MOE | dict(dispatch="capacity", capacity_factor=0.5))
+  mine, other = random_prompts([20, 30])
+  alone = collect(make_generator(cfg), [mine], [GREEDY])
+  beside = collect(make_generator(cfg), [mine, other], [GREEDY, GREEDY])
+  assert alone[0][0] == beside[0][0]
+  np.testing.assert_allclose(alone[0][1], beside[0][1], atol=1e-5)

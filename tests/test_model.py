@@ -1,4 +1,6 @@
 """Parts of the model against their definitions."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,9 @@ from model.config import ModelConfig
 from model.kernels.attention import KERNEL, Mask
 from model.layers import LayerNorm, RMSNorm, dropout, weight
 from model.positions import rope
-from model.sharding import AxisRules, abstract_mesh, mesh_shape
-from model.transformer import abstract_params, check_names
-from tests.tiny import MOE, abstract_batch, mesh_of, model_config
+from model.sharding import TRAIN, AxisRules, abstract_mesh, make_mesh, mesh_shape
+from model.transformer import abstract_params, check_names, init_params
+from tests.tiny import MOE, abstract_batch, mesh_of, model_config, packed_batch, put
 from train.step import abstract_state, make_train_step
 
 
@@ -162,6 +164,24 @@ def test_misspelt_names_of_a_mixture_are_refused(field, wrong, right):
 def test_a_soft_cap_needs_a_kernel_that_has_one():
   with pytest.raises(ValueError, match="nearest valid: 'chunked' or 'plain'"):
     check_names(ModelConfig(vocab_size=100, attention_softcap=5.0).validate())
+
+
+@pytest.mark.parametrize("sizes, changes", [
+  (dict(tensor=2, data=4), dict(heads=())), (dict(tensor=4, data=2), dict(kv_heads=())),
+  (dict(tensor=4, data=2), dict(mlp=())), (dict(seq=2, tensor=4), dict(length=("seq", "tensor"), residual=(
+      "seq", "tensor"), heads=(), kv_heads=(), mlp=(), vocab=(), loss_length=("seq", "tensor")))])
+def test_other_rules_are_the_same_model(sizes, changes):
+  """Heads, kv heads and widths may each be split or not."""
+  def hidden(cfg, mesh):
+    with jax.set_mesh(mesh):
+      graphdef, params = init_params(cfg, mesh, jax.random.key(0))
+      batch = put(cfg, mesh, packed_batch())
+      forward = jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows)[0])
+      return np.asarray(forward(params, *(batch[k] for k in ("tokens", "positions", "segments"))))
+
+  rules = dataclasses.replace(TRAIN, **changes)
+  want = hidden(model_config(), mesh_of("one"))
+  np.testing.assert_allclose(hidden(model_config(rules=rules), make_mesh(**sizes)), want, atol=1e-5)
 
 
 def test_the_partitioner_has_no_surprise(capfd):

@@ -3,6 +3,8 @@ loss, and the numbers by which its health is seen. All from sums over the global
 import jax
 import jax.numpy as jnp
 
+from train.optim import match
+
 
 def router_sums(layers: dict) -> dict:
   """place in the pattern -> the sums of model.moe.MoE, of the blocks that have a router."""
@@ -41,13 +43,16 @@ def weigh(balance, losses):
 
 def update_biases(cfg, step, params, loads):
   """Moves each expert's selection bias by bias_rate towards the mean load (arXiv:2408.15664), up to the share
-  bias_until of the steps."""
-  balance, model = cfg.balance, cfg.model
-  if not model.router_bias:
+  bias_until of the steps; what optim.freeze names stays."""
+  balance = cfg.balance
+  if not cfg.model.router_bias:
     return params
+  frozen = match("freeze", cfg.optim.freeze, params)["blocks"]
   rate = jnp.where(step < balance.bias_until * cfg.steps, balance.bias_rate, 0.0)
   blocks = dict(params["blocks"])
   for i, load_LE in loads.items():
+    if frozen[i]["ffn"]["balance_bias"]:
+      continue
     old = blocks[i]["ffn"]["balance_bias"]
     change = rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
     new = old + change.reshape(old.shape, out_sharding=jax.typeof(old).sharding)

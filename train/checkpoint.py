@@ -35,6 +35,7 @@ from train.config import CheckpointConfig
 from train.host import Stopwatch
 from train.together import agree
 
+AS_THE_MESH = "same numbers up to the order of summation, so not bit-identical"
 # Settings that a resumed run may change freely, and why; any other one changes the numbers. A name
 # stands for all that is under it, and list indices are left out.
 FREE_TO_CHANGE = {
@@ -48,9 +49,8 @@ FREE_TO_CHANGE = {
   "data.workers": "tokenised shards are identical for any number of processes",
   "data.cache_path": "where the shards are; their manifest says what they are",
   "data.sources.max_epochs": "refuses a run, never changes a row",
-  "mesh": "same numbers up to the order of summation, so not bit-identical",
-  "model.rules": "as the mesh", "model.context": "as the mesh", "model.exchange": "as the mesh",
-  "model.pipeline_microbatches": "as the mesh",
+  "mesh": AS_THE_MESH, "model.rules": AS_THE_MESH, "model.context": AS_THE_MESH,
+  "model.exchange": AS_THE_MESH, "model.pipeline_microbatches": AS_THE_MESH,
 }
 ABSENT = "(absent)"
 
@@ -297,8 +297,10 @@ def changed_settings(old: dict, new: dict, allowed: list[str]) -> list[Change]:
       near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.4)
       raise ValueError(f"--allow_change={name}: no setting is called that"
                        + (f"; did you mean {near[0]}?" if near else ""))
-  return [change for change in diff_configs(old, new)
-          if not any(_is_under(change[0], name) for name in (*FREE_TO_CHANGE, *allowed))]
+  free = [*FREE_TO_CHANGE, *allowed]
+  if new.get("model", {}).get("dispatch") == "capacity":  # What is dropped depends on who shares a device.
+    free = [name for name in free if name in allowed or FREE_TO_CHANGE[name] != AS_THE_MESH]
+  return [change for change in diff_configs(old, new) if not any(_is_under(change[0], name) for name in free)]
 
 
 def refuse_changes(workdir, old: dict, new: dict, allowed: list[str]) -> None:

@@ -62,6 +62,7 @@ CHOICES = {
   "log.wandb": ("offline", "online"),
   "report.baselines": BASELINES,
   **{f"model.rules.{field.name}": MESH_AXES for field in dataclasses.fields(AxisRules)},
+  "model.rules.layers": ("stage",),
 }
 
 # (setting, another, the values of that one under which the setting is read); else it must keep its default.
@@ -245,8 +246,12 @@ class TrainConfig:
     self._validate_vocabulary()
     self.model.validate()
     self.optim.validate()
+    mixture = self.model.ffn == "moe" or ":" in self.model.ffn and self.model.n_experts is not None
     if self.balance.loss is None:
-      self.balance.loss = 0.01 if self.model.ffn == "moe" and not self.model.router_bias else 0.0
+      self.balance.loss = 0.01 if mixture and not self.model.router_bias else 0.0
+    if self.balance.loss and not mixture:
+      raise ValueError(f"balance.loss={self.balance.loss} is not read where model.ffn={self.model.ffn!r}, "
+                       "only where that is 'moe'; nearest valid: None")
     if self.optim.warmup_steps >= self.steps:
       raise ValueError(f"optim.warmup_steps={self.optim.warmup_steps} must be below steps={self.steps}; "
                        f"nearest valid: {self.steps - 1}")
@@ -297,19 +302,23 @@ class TrainConfig:
     """Dims of one array are split over different axes: those of a weight, and those of an activation."""
     rules = self.model.rules
     weight = ("vocab", "heads", "kv_heads", "mlp", "experts")
+    for field in dataclasses.fields(rules):
+      axes = getattr(rules, field.name)
+      if len(set(axes)) < len(axes):
+        raise ValueError(f"model.rules.{field.name}={axes} names an axis twice")
     for one, others in (("embed", weight), ("gradient", weight), ("moment", weight), ("mlp", ("experts",)),
                         ("layers", (*weight, "embed", "gradient", "moment", "batch", "length", "residual")),
                         ("batch", ("length", "residual", "loss_length", "vocab", "heads", "kv_heads", "mlp")),
-                        ("length", ("heads", "kv_heads", "mlp")), ("loss_length", ("vocab",))):
+                        ("length", ("vocab", "heads", "kv_heads", "mlp")), ("loss_length", ("vocab",))):
       axes = getattr(rules, one)
-      if len(set(axes)) < len(axes):
-        raise ValueError(f"model.rules.{one}={axes} names an axis twice")
       for other in others:
         if both := set(axes) & set(getattr(rules, other)):
           raise ValueError(f"model.rules.{one}={axes} and model.rules.{other}={getattr(rules, other)} are of "
                            f"one array's dims, and both name {', '.join(sorted(both))}")
     for one, other, why in (("experts", "batch", "tokens are exchanged over the axes of the experts"),
-                            ("length", "residual", "the residual stream is split as the length, or finer")):
+                            ("length", "residual", "the residual stream is split as the length, or finer"),
+                            ("embed", "gradient", "gradients are split as the parameters, or finer"),
+                            ("gradient", "moment", "optimizer state is split as the gradients, or finer")):
       if missing := set(getattr(rules, one)) - set(getattr(rules, other)):
         raise ValueError(f"model.rules.{other}={getattr(rules, other)} lacks {', '.join(sorted(missing))} of "
                          f"model.rules.{one}={getattr(rules, one)}: {why}")
@@ -330,6 +339,9 @@ class TrainConfig:
     self._validate_splits(sizes, ways)
     self._validate_rows(ways)
     check_context(self.model, ways=ways("length"), heads_ways=ways("heads"), seq_len=self.seq_len)
+    if self.model.context == "zigzag" and self.model.dropout and ways("length") > 1:
+      raise ValueError(f"model.dropout={self.model.dropout} is not supported with model.context='zigzag': "
+                       "its masks would depend on the mesh; nearest valid: model.context='ring'")
     if ways("layers") > 1:
       self._validate_pipeline(ways)
 

@@ -98,7 +98,7 @@ class StepLog:
     for name, setting in (("balance_loss", "loss"), ("router_z_loss", "z_loss"),
                           ("sequence_loss", "sequence_loss")):
       weight = getattr(balance, setting)
-      if weight and not metrics.get(name, 0.0) > 0:
+      if weight and metrics.get(name, 0.0) == 0.0:  # Not a number is another matter.
         raise LostLoss(f"balance.{setting}={weight}, but {name} is {metrics.get(name)} in the first step: "
                        f"model.ffn={self.cfg.model.ffn!r} does not report it")
 

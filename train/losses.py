@@ -139,9 +139,10 @@ def _reduce(collective, x, axes):
 def in_order(cfg, batch):
   """The tokens of each row as cfg.context wants them: with zigzag, a device that holds a part of a row holds
   an early and a late one. Nothing of a token is lost by it: its position and segment go along."""
-  if cfg.context != "zigzag":
+  n_devices = ways(jax.sharding.get_abstract_mesh(), cfg.rules.length)
+  if cfg.context != "zigzag" or n_devices == 1:
     return batch
-  order_T = zigzag_order(batch["tokens"].shape[1], ways(jax.sharding.get_abstract_mesh(), cfg.rules.length))
+  order_T = zigzag_order(batch["tokens"].shape[1], n_devices)
   return {name: a[:, order_T] for name, a in batch.items()}
 
 

@@ -141,8 +141,8 @@ def _accumulate(cfg, graphdef, params, batch, key):
   key_of = lambda index: None if key is None else jax.random.fold_in(key, index) if k > 1 else key
   micros = (jnp.arange(k), _split(cfg, batch))
   loads = None
-  if k > 1 and cfg.model.ffn == "moe" and cfg.balance.loss:
-    loads = _loads(graphdef, params, micros, key_of)  # The balance of all micro-batches, before any gradient.
+  if k > 1 and cfg.balance.loss:  # The balance of all micro-batches, before any gradient.
+    loads = _loads(graphdef, params, micros, key_of)
 
   def gradient(batch, key):
     def total(params):

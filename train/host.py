@@ -29,14 +29,17 @@ def start_distributed(stall_s: float = 300.0) -> None:
     train.together.Apart: the others did not come.
   """
   jax.config.update("jax_enable_preemption_service", False)
-  if jax.config.jax_platforms == "cpu" and jax.config.jax_num_cpu_devices > 1:
-    # More fake devices than cores: programs in flight side by side can starve each other's collectives for
-    # ever.
+  together = "JAX_COORDINATOR_ADDRESS" in os.environ
+  if jax.config.jax_platforms == "cpu" and (jax.config.jax_num_cpu_devices > 1 or together):
+    # Programs in flight side by side can starve each other's collectives for ever, or, between processes,
+    # meet those of the other program.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # Between processes (Gloo) a collective that waits holds a thread of XLA's pool, which has one per device:
-    # with all of them held a step stood still for ever, once in a few hundred.
-    os.environ.setdefault("NPROC", str(max(os.cpu_count(), 4 * jax.config.jax_num_cpu_devices)))
-  if "JAX_COORDINATOR_ADDRESS" in os.environ:
+    # with all of them held a step stood still for ever, once in a few hundred. With one device a process the
+    # threads of one program mixed up their messages ("Received data size doesn't match"): there it has one.
+    n = jax.config.jax_num_cpu_devices
+    os.environ.setdefault("NPROC", str(max(os.cpu_count(), 4 * n) if n > 1 else 1))
+  if together:
     number = lambda name: int(os.environ[name]) if name in os.environ else None
     join(stall_s, num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
   elif _on_tpu_host() or int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:

@@ -96,7 +96,7 @@ class ModelConfig:
     if self.head_dim is None:
       if self.d_model % self.n_heads:
         raise ValueError(f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}: "
-                         "set model.head_dim, or n_heads to one of "
+                         "nearest valid: model.head_dim, or n_heads "
                          f"{_nearest_divisors(self.d_model, self.n_heads)}")
       self.head_dim = self.d_model // self.n_heads
     if self.head_dim % 2:

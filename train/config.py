@@ -11,7 +11,7 @@ from data.flags import leaves, walk
 from model.config import ModelConfig
 from model.context import check_context
 from model.lookup import check_choice
-from model.sharding import MESH_AXES, AxisRules, mesh_shape
+from model.sharding import MESH_AXES, TRAIN, AxisRules, mesh_shape
 
 # Of b1, b2, eps and momentum, those that each optimizer reads, with its defaults.
 OPTIMIZER_KNOBS = {
@@ -299,29 +299,14 @@ class TrainConfig:
                        f"{_nearest_multiples('checkpoint.every', save.every, evaluate.every)}")
 
   def _validate_rules(self):
-    """Dims of one array are split over different axes: those of a weight, and those of an activation."""
     rules = self.model.rules
-    weight = ("vocab", "heads", "kv_heads", "mlp", "experts")
-    for field in dataclasses.fields(rules):
-      axes = getattr(rules, field.name)
-      if len(set(axes)) < len(axes):
-        raise ValueError(f"model.rules.{field.name}={axes} names an axis twice")
-    for one, others in (("embed", weight), ("gradient", weight), ("moment", weight), ("mlp", ("experts",)),
-                        ("layers", (*weight, "embed", "gradient", "moment", "batch", "length", "residual")),
-                        ("batch", ("length", "residual", "loss_length", "vocab", "heads", "kv_heads", "mlp")),
-                        ("length", ("vocab", "heads", "kv_heads", "mlp")), ("loss_length", ("vocab",))):
-      axes = getattr(rules, one)
-      for other in others:
-        if both := set(axes) & set(getattr(rules, other)):
-          raise ValueError(f"model.rules.{one}={axes} and model.rules.{other}={getattr(rules, other)} are of "
-                           f"one array's dims, and both name {', '.join(sorted(both))}")
-    for one, other, why in (("experts", "batch", "tokens are exchanged over the axes of the experts"),
-                            ("length", "residual", "the residual stream is split as the length, or finer"),
-                            ("embed", "gradient", "gradients are split as the parameters, or finer"),
-                            ("gradient", "moment", "optimizer state is split as the gradients, or finer")):
-      if missing := set(getattr(rules, one)) - set(getattr(rules, other)):
-        raise ValueError(f"model.rules.{other}={getattr(rules, other)} lacks {', '.join(sorted(missing))} of "
-                         f"model.rules.{one}={getattr(rules, one)}: {why}")
+    if fault := _rules_fault(rules):
+      text, changes = fault
+      valid = [change for change in changes if not _rules_fault(dataclasses.replace(rules, **change))]
+      # Where the fault is one of several, the default of what it names.
+      valid = valid or [{name: getattr(TRAIN, name) for change in changes for name in change}]
+      words = lambda change: " and ".join(f"model.rules.{name}={axes}" for name, axes in change.items())
+      raise ValueError(f"{text}; nearest valid: {', or '.join(map(words, valid))}")
 
   def _validate_mesh(self, n_devices):
     sizes = {axis: getattr(self.mesh, axis) for axis in MESH_AXES}
@@ -393,6 +378,39 @@ class TrainConfig:
       raise ValueError(f"batch_size={self.batch_size} is not a multiple of model.pipeline_microbatches="
                        f"{micro} times the {step // micro} devices and micro-batches that share it; "
                        f"{_nearest_multiples('batch_size', self.batch_size, step)}")
+
+
+def _rules_fault(rules: AxisRules) -> tuple[str, list[dict]] | None:
+  """(what is wrong, the changes of one rule that may mend it); None where nothing is.
+
+  Dims of one array are split over different axes: those of a weight, and those of an activation.
+  """
+  weight = ("vocab", "heads", "kv_heads", "mlp", "experts")
+  without = lambda name, axes: {name: tuple(axis for axis in getattr(rules, name) if axis not in axes)}
+  for field in dataclasses.fields(rules):
+    axes = getattr(rules, field.name)
+    if len(set(axes)) < len(axes):
+      once = {field.name: tuple(dict.fromkeys(axes))}
+      return f"model.rules.{field.name}={axes} names an axis twice", [once]
+  for one, others in (("embed", weight), ("gradient", weight), ("moment", weight), ("mlp", ("experts",)),
+                      ("layers", (*weight, "embed", "gradient", "moment", "batch", "length", "residual")),
+                      ("batch", ("length", "residual", "loss_length", "vocab", "heads", "kv_heads", "mlp")),
+                      ("length", ("vocab", "heads", "kv_heads", "mlp")), ("loss_length", ("vocab",))):
+    for other in others:
+      if both := sorted(set(getattr(rules, one)) & set(getattr(rules, other))):
+        text = (f"model.rules.{one}={getattr(rules, one)} and model.rules.{other}={getattr(rules, other)} "
+                f"are of one array's dims, and both name {', '.join(both)}")
+        return text, [without(one, both), without(other, both)]
+  for one, other, why in (("experts", "batch", "tokens are exchanged over the axes of the experts"),
+                          ("length", "residual", "the residual stream is split as the length, or finer"),
+                          ("embed", "gradient", "gradients are split as the parameters, or finer"),
+                          ("gradient", "moment", "optimizer state is split as the gradients, or finer")):
+    if missing := [axis for axis in getattr(rules, one) if axis not in getattr(rules, other)]:
+      more = {other: (*getattr(rules, other), *missing)}
+      text = (f"model.rules.{other}={getattr(rules, other)} lacks {', '.join(missing)} of "
+              f"model.rules.{one}={getattr(rules, one)}: {why}")
+      return text, [more, without(one, missing)]
+  return None
 
 
 def _nearest_multiples(name, value, step):

@@ -313,15 +313,6 @@ def test_flops_are_those_that_xla_counts_in_the_matrix_products(shape):
   assert tied == ours
 
 
-@pytest.mark.parametrize("kind, peak", [
-  ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6 lite", 918e12), ("TPU v9", None),
-  ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12),
-  ("NVIDIA H200", 989e12), ("NVIDIA GeForce", None),
-])
-def test_peaks_by_device_kind(kind, peak):
-  assert metrics.device_peak(kind) == peak
-
-
 def test_mfu_says_its_convention_and_its_peak():
   class Device:
     device_kind, platform, process_index = "TPU v4", "tpu", 0
@@ -337,4 +328,3 @@ def test_mfu_says_its_convention_and_its_peak():
 def test_the_cpu_peak_is_one_machine_whatever_the_number_of_devices():
   peak, source = metrics.peak_flops(jax.devices("cpu"))
   assert 1e8 < peak < 1e14 and source.startswith("1 x CPU at")
-  assert min(metrics.measure_gemm(0.05, 256).values()) > 1e6

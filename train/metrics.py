@@ -22,26 +22,11 @@ import sys
 import threading
 import time
 
+from train.chips import find_chip, measure_gemm
+
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 WANDB_WAIT_S, WANDB_LAST_WORDS_S = 10, 60  # How long a run that ends waits for W&B; how long W&B goes on.
 
-# bf16 FLOP/s of one jax device, dense, from the makers' data sheets. TPU7x has two devices a chip.
-PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU7x": 1153e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H100 NVL": 835e12,
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA H200 NVL": 836e12,
-}
 MFU_CONVENTION = (
   "6 FLOPs per token and matmul parameter (the head counts, the embedding look-up does not) plus 12 per head "
   "dimension and query-key pair that the causal mask and the window let through; remat does not count")
@@ -317,42 +302,11 @@ def peak_flops(devices) -> tuple[float | None, str]:
     peak = max(measure_gemm().values())
     return hosts * peak, (f"{hosts} x CPU at {peak / 1e9:.0f} GFLOP/s "
                           "(float32 GEMM, the better of NumPy's and XLA's, measured)")
-  peak = device_peak(kind)
-  if peak is None:
-    return None, f"n/a (unknown peak for {kind!r}: add it to train.metrics.PEAK_FLOPS)"
+  chip = find_chip(kind)
+  if chip is None:
+    return None, f"n/a (unknown peak for {kind!r}: add it to train.chips.CHIP)"
+  peak = chip.flops["bfloat16"]
   return len(devices) * peak, f"{len(devices)} x {kind} at {peak / 1e12:.0f} TFLOP/s (bf16, data sheet)"
-
-
-def device_peak(kind: str) -> float | None:
-  """PEAK_FLOPS by jax's device_kind. NVIDIA's go on ("NVIDIA H100 80GB HBM3"): the longest key wins."""
-  if not kind.startswith("NVIDIA"):
-    return PEAK_FLOPS.get(kind)
-  return PEAK_FLOPS.get(max((k for k in PEAK_FLOPS if kind.startswith(k)), key=len, default=None))
-
-
-def measure_gemm(seconds: float = 1.0, n: int = 1536) -> dict[str, float]:
-  """FLOP/s of the fastest float32 product of n by n matrices in `seconds`, all cores, by NumPy's BLAS and by
-  XLA.
-
-  The peak is the better one: where OpenBLAS does not know the CPU it reaches half of what XLA does, and
-  elsewhere it is ahead.
-  """
-  import jax
-  import numpy as np
-  a = np.random.default_rng(0).standard_normal((n, n), np.float32)
-  out, on_device = np.empty_like(a), jax.device_put(a, jax.local_devices()[0])
-  products = {"numpy": lambda: np.matmul(a, a, out=out),
-              "xla": lambda: jax.block_until_ready(jax.numpy.matmul(on_device, on_device))}
-  best = {}
-  for name, product in products.items():
-    product()  # Compiles.
-    times, end = [], time.perf_counter() + seconds / 2
-    while not times or time.perf_counter() < end:
-      start = time.perf_counter()
-      product()
-      times.append(time.perf_counter() - start)
-    best[name] = 2 * n**3 / min(times)
-  return best
 
 
 def mfu(flops_per_s: float, peak: float | None) -> float | None:

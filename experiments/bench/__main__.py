@@ -23,7 +23,7 @@ import time
 
 import numpy as np
 
-from train.metrics import measure_gemm
+from train.chips import measure_gemm
 
 WARM_UP = 2  # Steps before the first that counts.
 

@@ -101,8 +101,8 @@ def find_chip(kind: str) -> Chip | None:
 
 
 def torus(chip: Chip, n: int) -> tuple[int, ...]:
-  """The shape of the slice of n devices that is rented by that number, as cubic as can be, smallest dim first; () of a
-  switch.
+  """The shape of the slice that is rented by this number of devices, as cubic as can be, smallest dim first;
+  () of a switch.
 
   Raises:
     ValueError: no slice has so many, with the nearest numbers.

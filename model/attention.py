@@ -5,7 +5,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.context import CONTEXT
-from model.kernels.attention import KERNEL, Mask
+from model.kernels.attention import KERNEL, UNALIGNED, Mask
 from model.layers import NORM, bias, lift, linear, read, weight
 from model.lookup import lookup
 from model.positions import rope
@@ -19,7 +19,9 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None):
   Returns:
     (out_BTNH, cache).
   """
-  kernel, rules = lookup(KERNEL, cfg.attention_impl, "model.attention_impl"), cfg.rules
+  impl, rules = cfg.attention_impl, cfg.rules
+  impl = impl if cache is None else UNALIGNED.get(impl, impl)
+  kernel = lookup(KERNEL, impl, "model.attention_impl")
   settings = dict(scale=cfg.head_dim**-0.5, cap=cfg.attention_softcap)
 
   def local(q_btnh, k_btkh, v_btkh, pos_bt, segment_bt, cache):

@@ -239,6 +239,7 @@ def test_what_is_skipped_is_hidden(window, chunks):
     (dict(context="zigzag"), 2, 1, 64, "='dot_product'; nearest valid"),
     (dict(context="zigzag", attention_impl="chunked"), 4, 1, 60, "seq_len=60 .* valid seq_len: 56, 64$"),
     (dict(context="zigzag", attention_impl="chunked"), 4, 1, 6, "seq_len=6 .* valid seq_len: 8$"),
+    (dict(attention_impl="splash"), 2, 1, 64, "='ulysses', or model.attention_impl='chunked'$"),
     (dict(context="ulysses", n_heads=12), 4, 2, 64, "6 heads .*=12 .* a row over 2, or model.n_heads=8, 16$"),
 ])
 def test_what_a_context_cannot_do_is_refused(changes, ways, heads_ways, seq_len, words):
@@ -250,6 +251,7 @@ def test_what_a_context_cannot_do_is_refused(changes, ways, heads_ways, seq_len,
 
 def test_what_a_context_can_do_is_not():
   for changes in (dict(context="gather"), dict(context="ring", attention_impl="chunked"),
-                  dict(context="zigzag", attention_impl="chunked"), dict(context="ulysses", n_heads=8)):
+                  dict(context="zigzag", attention_impl="chunked"),
+                  dict(context="ulysses", n_heads=8, attention_impl="splash")):
     check_context(ModelConfig(d_model=48, **changes), ways=4, heads_ways=2, seq_len=64)
     check_context(ModelConfig(d_model=48, **changes), ways=4, heads_ways=2, seq_len=None)

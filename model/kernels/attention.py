@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from model.kernels.splash import splash
 from model.layers import softcap
 
 HIDDEN = -1e30  # Finite: exp(HIDDEN - max) is exactly 0, and a row with nothing to see stays a number.
@@ -178,4 +179,6 @@ def _block_logits(scale, cap, q_BKGTH, k_BKSH, mask, rows, keys):
   return jnp.where(visible_BTS[:, None, None], softcap(logits_BKGTS * scale, cap), HIDDEN)
 
 
-KERNEL = {"plain": plain, "dot_product": dot_product, "chunked": chunked}
+KERNEL = {"plain": plain, "dot_product": dot_product, "chunked": chunked, "splash": splash}
+# Of the kernels that need an aligned mask: what attends to a cache in their place.
+UNALIGNED = {"splash": "chunked"}

@@ -180,8 +180,10 @@ def _load(args):
   run = open_run(args.run)
   import jax
 
+  from infer.compile_cache import CompileCache
   from infer.decode import Generator, decode_config
   from model.sharding import make_mesh
+  CompileCache()
   mesh = make_mesh(data=-1, tensor=args.tensor)
   cfg = dataclasses.replace(run.model, compute_dtype=args.compute_dtype or run.model.compute_dtype)
   cfg = decode_config(cfg, mesh)

@@ -95,6 +95,24 @@ def test_a_lock_names_its_holder_and_a_stale_one_its_remedy(tmp_path):
   assert verdict.remedy.startswith(f"rm -f {lock}") and os.path.exists(lock)
 
 
+def test_a_lock_with_the_number_of_a_process(tmp_path, monkeypatch, capsys):
+  """Exit 3 and its number once it is gone; held, whatever the kernel says, as long as it lives."""
+  lock = tmp_path / "libtpu_lockfile"
+  writer = subprocess.Popen(python("import time; time.sleep(60)"))
+  lock.write_text(f"{writer.pid}\n")
+  os.utime(lock, (time.time() - 180,) * 2)
+  monkeypatch.setattr(doctor, "diagnose", lambda *_: [
+      Verdict("BAD", "disk", "full", "free some"), doctor.check_tpu_lock(str(lock))])
+  assert doctor.main([]) == 1
+  assert f"the TPU is held by pid {writer.pid} (" in capsys.readouterr().out
+  writer.kill()
+  writer.wait()
+  assert doctor.main([]) == doctor.STALE == 3
+  said = capsys.readouterr().out
+  assert f"pid {writer.pid}, which is gone, left it: {lock} is 3 minutes old" in said
+  assert f"remedy: rm -f {lock}" in said and lock.exists()
+
+
 def test_a_lock_of_a_process_that_cannot_be_looked_into_is_held_all_the_same(tmp_path, monkeypatch):
   monkeypatch.setattr(doctor, "_has_open", lambda *_: False)  # As for another user's process.
   lock = tmp_path / "lock"
@@ -142,8 +160,12 @@ def test_compile_cache(tmp_path, monkeypatch):
   assert worst(doctor.check_compile_cache(tmp_path)).text == f"{tmp_path}: 1 files, 0.01 GB"
   assert worst(doctor.check_compile_cache(tmp_path / "new")).level == "OK"
   assert worst(doctor.check_compile_cache("/proc/cache")).level == "WARN"
+  (tmp_path / "open").mkdir()
+  (tmp_path / "open").chmod(0o777)
+  verdict = worst(doctor.check_compile_cache(tmp_path / "open"))
+  assert verdict.level == "WARN" and verdict.remedy == f"chmod 700 {tmp_path / 'open'}"
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
-  assert worst(doctor.check_compile_cache(tmp_path)).text == "gs://bucket/cache (remote, not tried)"
+  assert worst(doctor.check_compile_cache()).text == "gs://bucket/cache (remote, not tried)"
 
 
 def test_git():

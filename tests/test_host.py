@@ -1,15 +1,15 @@
-"""Signals, the compile cache, and where the time goes."""
+"""Signals, and where the time goes."""
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from tests.tiny import ROOT
-from train.host import CompileCache, StopSignal, Stopwatch, peak_memory
+from train.host import StopSignal, Stopwatch, peak_memory
 
 
 class Exit(Exception):
@@ -46,25 +46,6 @@ def test_a_second_ctrl_c_does_not_wait(handlers):
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_compile_cache_that_cannot_be_is_a_warning(tmp_path, capsys, monkeypatch):
-  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-  before = jax.config.jax_compilation_cache_dir
-  (tmp_path / "file").write_text("in the way")
-  cache = CompileCache(tmp_path / "file" / "cache")
-  assert "compiling without it" in capsys.readouterr().err and cache.describe() == "no cache"
-  assert jax.config.jax_compilation_cache_dir == before
-
-
-def test_the_second_process_finds_what_the_first_compiled(tmp_path):
-  code = ("import jax, sys; from train.host import CompileCache; c = CompileCache(sys.argv[1]);"
-          "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
-          "jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64))); print(c.describe())")
-  env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"JAX_PLATFORMS": "cpu"}
-  first, second = (subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, text=True,
-                                  capture_output=True, check=True).stdout for _ in range(2))
-  assert "cache hit 0/" in first and "cache hit 0/" not in second
-
-
 def test_the_phases_sum_to_the_wall():
   start, clock = time.perf_counter(), Stopwatch()
   clock.enter("training")
@@ -88,6 +69,19 @@ def test_the_place_of_a_process_is_the_number_of_phases_it_entered():
   one.describe()
   one.notes += 1
   assert one.marks == other.marks == 2 and one.phase == "start"
+
+
+def test_the_start_counts_from_the_command():
+  """Against the clock of the process that gives it."""
+  code = "import time, train.host; time.sleep(0.2); print(train.host.process_age())"
+  before = time.time()
+  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  age = float(process.communicate()[0])
+  assert 0.2 < age < time.time() - before + 0.02  # It counts in hundredths.
+  clock = Stopwatch("imports", age=3.0)
+  with clock.within("tracing"):
+    time.sleep(0.06)
+  assert re.fullmatch(r"first step after 3\.1 s: imports 3\.0, tracing 0\.1", clock.describe_start())
 
 
 def test_peak_memory_names_what_it_measures():

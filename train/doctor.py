@@ -1,8 +1,9 @@
 """Is this machine fit for a run? python -m train.doctor [--workdir=DIR]
 
 One line a check: OK, WARN (a run works, something will hurt) or BAD (a run would fail), and the remedy
-for each that is not OK. Exits 1 if anything is BAD. Devices are asked in a process with a time limit:
-a hung libtpu is reported, not suffered. Nothing is changed: a stale lock is only named.
+for each that is not OK. Exits 3 if the lock of a process that is gone keeps the TPU, 1 if anything else is
+BAD. Devices are asked in a process with a time limit: a hung libtpu is reported, not suffered. Nothing is
+changed: a stale lock is only named.
 """
 import argparse
 import contextlib
@@ -24,10 +25,12 @@ import time
 from packaging.requirements import Requirement
 
 from data.flags import git_state
+from infer.compile_cache import default_folder, find_fault
 
 PACKAGE = "assay-lm"
 PYTHON = ((3, 11), (3, 13))  # The first and the last that are supported.
 GB = 1e9
+STALE = 3  # The exit code.
 TPU_LOCK = "/tmp/libtpu_lockfile"
 TPU_FILES = ("/dev/accel", "/dev/vfio/")
 PROBE = """
@@ -56,6 +59,7 @@ class Verdict:
   name: str
   text: str
   remedy: str = ""
+  code: int = 1  # What the command exits with if this is BAD.
 
   def __str__(self):
     remedy = f"\n      remedy: {self.remedy}" if self.remedy else ""
@@ -136,7 +140,8 @@ def _accelerator():
 
 def check_tpu_lock(lock: str = TPU_LOCK) -> Verdict:
   """Who holds the TPU, and whether libtpu's lock file outlived its process."""
-  holders = _lockers(lock) | {pid for pid in _pids() if _has_open(pid, lock)}
+  writer = _writer(lock)
+  holders = _lockers(lock) | {pid for pid in _pids() if _has_open(pid, lock)} | ({writer} & set(_pids()))
   holders = sorted(holders & set(_pids()) or holders)  # One that locked and is gone left it to its child.
   if holders:
     who = ", ".join(f"pid {pid} ({_command(pid)})" for pid in holders)
@@ -144,9 +149,17 @@ def check_tpu_lock(lock: str = TPU_LOCK) -> Verdict:
                    f"wait for it, or if it is yours and not needed: kill {' '.join(map(str, holders))}")
   if os.path.exists(lock):
     age = (time.time() - os.stat(lock).st_mtime) / 60
-    return Verdict("BAD", "tpu lock", f"{lock} is {age:.0f} minutes old and no process holds it",
-                   f"rm -f {lock} (with sudo if another user left it)")
+    by = "" if writer is None else f"pid {writer}, which is gone, left it: "
+    return Verdict("BAD", "tpu lock", f"{by}{lock} is {age:.0f} minutes old and no process holds it",
+                   f"rm -f {lock} (with sudo if another user left it)", code=STALE)
   return Verdict("OK", "tpu lock", "none")
+
+
+def _writer(lock):
+  """The process whose number is in the file, if any is."""
+  with contextlib.suppress(OSError, ValueError):
+    return int(pathlib.Path(lock).read_text()[:20].partition("\n")[0])
+  return None
 
 
 def _pids():
@@ -249,17 +262,17 @@ def _available_memory():
   return available
 
 
-def check_compile_cache(path) -> Verdict:
-  """Of compiled steps: `path` unless JAX_COMPILATION_CACHE_DIR says another."""
-  path = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(path))
-  if "://" in path:
-    return Verdict("OK", "compile cache", f"{path} (remote, not tried)")
-  if fault := _write_fault(_existing(path)):
-    return Verdict("WARN", "compile cache", f"{path} cannot be written ({fault}): every start compiles anew",
-                   "set JAX_COMPILATION_CACHE_DIR to a folder of yours")
-  files = [f for f in pathlib.Path(path).glob("*") if f.is_file()]
+def check_compile_cache(folder: str | None = None) -> Verdict:
+  """Of compiled programs, for all runs and commands of this user."""
+  folder = str(folder or default_folder())
+  if "://" in folder:
+    return Verdict("OK", "compile cache", f"{folder} (remote, not tried)")
+  if fault := find_fault(folder, create=False):
+    what, _, remedy = fault.rpartition("; ")
+    return Verdict("WARN", "compile cache", f"{folder} {what}: every start compiles anew", remedy)
+  files = [f for f in pathlib.Path(folder).glob("*") if f.is_file()]
   size = sum(f.stat().st_size for f in files) / GB
-  return Verdict("OK", "compile cache", f"{path}: {len(files)} files, {size:.2f} GB")
+  return Verdict("OK", "compile cache", f"{folder}: {len(files)} files, {size:.2f} GB")
 
 
 def check_git(state="ask") -> Verdict:
@@ -295,7 +308,7 @@ def diagnose(workdir, cache) -> list[Verdict]:
     check_disk("disk, workdir", workdir),
     check_disk("disk, cache", cache),
     check_writable(workdir),
-    check_compile_cache(pathlib.Path(cache) / "jax"),
+    check_compile_cache(),
     check_git(),
     check_wandb(),
   ]
@@ -310,7 +323,7 @@ def main(argv=None) -> int:
   print(*verdicts, sep="\n")
   bad, warn = (sum(v.level == level for v in verdicts) for level in ("BAD", "WARN"))
   print(f"{bad} bad, {warn} warnings, {len(verdicts) - bad - warn} fine")
-  return 1 if bad else 0
+  return max((v.code for v in verdicts if v.level == "BAD"), default=0)
 
 
 if __name__ == "__main__":

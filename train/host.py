@@ -1,4 +1,4 @@
-"""What the process around the training needs: its place among processes, compile cache, signals, memory."""
+"""What the process around the training needs: its place among processes, signals, time, memory."""
 import collections
 import contextlib
 import ctypes
@@ -69,34 +69,6 @@ def keep_memory() -> None:
   mallopt(arena_max, 1)  # and is one for all threads.
 
 
-class CompileCache:
-  """The persistent compilation cache, with its hits and misses counted. A folder that cannot be written is a
-  warning."""
-
-  def __init__(self, path):
-    self.path = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", path))
-    self.counts = collections.Counter()
-    try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      (self.path / ".writable").touch()
-    except OSError as e:
-      print(f"WARNING: compile cache {self.path} cannot be written ({e.strerror}): compiling without it",
-            file=sys.stderr)
-      self.path = None
-    else:
-      jax.config.update("jax_compilation_cache_dir", str(self.path))
-      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-      jax.monitoring.register_event_listener(self._count)
-
-  def _count(self, event, **_):
-    if event.startswith("/jax/compilation_cache/cache_"):
-      self.counts[event.rsplit("_", 1)[-1]] += 1
-
-  def describe(self) -> str:
-    hits, misses = self.counts["hits"], self.counts["misses"]
-    return "no cache" if self.path is None else f"cache hit {hits}/{hits + misses}, dir={self.path}"
-
-
 class StopSignal:
   """SIGTERM and Ctrl-C, taken at a moment when the state can be saved.
 
@@ -157,8 +129,9 @@ class Stopwatch:
     notes: of one process, that a long phase goes on.
   """
 
-  def __init__(self):
-    self.seconds, self.phase, self.since = collections.Counter(), "start", time.perf_counter()
+  def __init__(self, phase: str = "start", age: float = 0.0):
+    """`age`: seconds that count as spent in the first phase already (process_age())."""
+    self.seconds, self.phase, self.since = collections.Counter(), phase, time.perf_counter() - age
     self.step, self.marks, self.notes = 0, 0, 0
 
   def enter(self, phase):
@@ -178,11 +151,31 @@ class Stopwatch:
       self.enter(before)
 
   def describe(self) -> str:
-    self.seconds[self.phase] += time.perf_counter() - self.since
-    self.since = time.perf_counter()
-    total = sum(self.seconds.values())
+    total = self._sum_up()
     parts = ", ".join(f"{name} {s:.1f} s ({s / total:.0%})" for name, s in self.seconds.most_common())
     return f"time: {total:.1f} s: {parts}"
+
+  def describe_start(self) -> str:
+    """Once the first step is done: where the time since the command went, in order."""
+    total = self._sum_up()
+    parts = ", ".join(f"{name} {s:.1f}" for name, s in self.seconds.items() if s >= 0.05)
+    return f"first step after {total:.1f} s: {parts}"
+
+  def _sum_up(self):
+    now = time.perf_counter()
+    self.seconds[self.phase] += now - self.since
+    self.since = now
+    return sum(self.seconds.values())
+
+
+def process_age() -> float:
+  """Seconds since this process was started, interpreter and first imports included; 0 where Linux does not
+  tell."""
+  try:
+    started = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+  except (OSError, AttributeError):
+    return 0.0
 
 
 def peak_memory() -> str:

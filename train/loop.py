@@ -1,5 +1,6 @@
 """The training loop: restore, rows, step, metrics one step late, evaluate, save.
 Read `train` from top to bottom."""
+import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 from data.flags import as_json, git_state, versions, write_config_json
 from data.pipeline import Rows, make_batches
 from data.prepare import Prepared, prepare
+from infer.compile_cache import CompileCache
 from infer.load import keep_tokenizer
 from model.sharding import make_mesh
 from train.checkpoint import Checkpointer, Refused, refuse_changes
 from train.evaluate import Evaluation
 from train.feed import Feed
-from train.host import CompileCache, StopSignal, Stopwatch, peak_memory
+from train.host import StopSignal, Stopwatch, peak_memory
 from train.log import StepLog
 from train.metrics import MetricsWriter, Progress, peak_flops
 from train.profile import StepTrace
@@ -42,15 +44,18 @@ def prepare_run(cfg, clock: Stopwatch) -> Run:
   Raises:
     ValueError: the user's mistake: the settings against the devices, or against the data.
   """
-  cfg.validate(jax.device_count())
+  with clock.within("devices"):
+    cfg.validate(jax.device_count())
   progress = Progress(cfg.steps, primary=jax.process_index() == 0)
-  cache = CompileCache(pathlib.Path(cfg.data.cache_path) / "jax")
+  cache = CompileCache()
   mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
   with clock.within("preparing data"):
     prepared = _prepare(cfg, progress.note, clock)
   rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed,
               steps=cfg.steps)
-  return Run(mesh, prepared, rows, progress, cache, clock, peak_flops(jax.devices()))
+  with clock.within("peak"):
+    peak = peak_flops(jax.devices())
+  return Run(mesh, prepared, rows, progress, cache, clock, peak)
 
 
 def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
@@ -75,6 +80,7 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
   with jax.set_mesh(mesh), \
       MetricsWriter(workdir, cfg.log, primary=jax.process_index() == 0) as writer, progress, \
       contextlib.ExitStack() as at_exit:
+    at_exit.callback(cache.close)
     at_exit.callback(checkpoints.wait)  # A save that is under way is finished whatever happens here.
     graphdef, abstract = abstract_state(cfg, mesh)
     with clock.within("restoring"):
@@ -83,11 +89,10 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
       write_config_json(workdir / "config.json", cfg, overrides)
       keep_tokenizer(prepared.tokenizer_path, cfg.data.tokenizer.kind, workdir)
     stop.at_once = False  # From here on there is something to save.
-    with clock.within("compiling"):
-      step_fn, eval_fn = _compile(cfg, graphdef, abstract, feed, cache, progress)
-      if fresh := state is None:
-        state = init_state(cfg, mesh)[1]
+    fresh = state is None
+    step_fn, eval_fn, state = _compile(cfg, run, graphdef, abstract, feed, state)
     step = clock.step = int(state.step)
+    first = step + 1
     log = StepLog(cfg, workdir, rows, writer, progress, tokens)
     log.describe(state.params, *peak)
 
@@ -125,6 +130,9 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
       log.later(step, metrics, state.params, feed.wait_s)
       if trace and (table := trace.after(step, state)):
         progress.note(table)
+      if step == first:
+        jax.block_until_ready(metrics)
+        progress.note(clock.describe_start())
       if evaluation.is_due(step):
         complete = evaluate()
       if step == cfg.steps or cfg.checkpoint.every and step % cfg.checkpoint.every == 0:
@@ -192,20 +200,29 @@ def _restore(checkpoints, abstract, meta, allowed, writer, progress):
   return restored.state, restored.meta["tokens"]
 
 
-def _compile(cfg, graphdef, abstract, feed, cache, progress):
-  """Both programs, ahead of time: nothing compiles after this."""
-  progress.note(_describe_dtypes(cfg, abstract))
-  start = time.perf_counter()
+def _compile(cfg, run, graphdef, abstract, feed, state):
+  """(train step, evaluation step, state): both programs, ahead of time and side by side, and in the meantime
+  the first state, unless there is one. Nothing compiles after this."""
+  cache, clock, note = run.cache, run.clock, run.progress.note
+  note(_describe_dtypes(cfg, abstract))
   train_step = jax.jit(make_train_step(cfg, graphdef, abstract.params), donate_argnums=0)
-  step_fn = train_step.lower(abstract, feed.abstract).compile()
   eval_step = jax.jit(make_eval_step(cfg, graphdef))
-  eval_fn = eval_step.lower(
-      abstract.ema or abstract.params, feed.abstract | {"bytes": feed.abstract_bytes}).compile()
+  start = time.perf_counter()
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with clock.within("tracing"):
+      step_fn = pool.submit(train_step.lower(abstract, feed.abstract).compile)
+      eval_fn = pool.submit(eval_step.lower(
+          abstract.ema or abstract.params, feed.abstract | {"bytes": feed.abstract_bytes}).compile)
+    with clock.within("initialising"):
+      state = state or init_state(cfg, run.mesh)[1]
+    with clock.within("compiling"):
+      step_fn, eval_fn = step_fn.result(), eval_fn.result()
+  note(f"compile: {time.perf_counter() - start:.1f} s, {cache.describe()}")
+  cache.settle(["train_step", "eval_step"])
   memory = step_fn.memory_analysis()
   total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30
-  progress.note(f"compile: {time.perf_counter() - start:.1f} s, {cache.describe()}")
-  progress.note(f"memory: the step needs {total:.2f} GiB a device, by the compiler")
-  return step_fn, eval_fn
+  note(f"memory: the step needs {total:.2f} GiB a device, by the compiler")
+  return step_fn, eval_fn, state
 
 
 def _describe_dtypes(cfg, abstract):

@@ -123,16 +123,17 @@ def check_shared(workdir, clock):
 
 def main(argv=None) -> int:
   cfg, args = parse(argv)
-  from train.host import Stopwatch, is_cpu_host, keep_memory, start_distributed
+  from train.host import Stopwatch, is_cpu_host, keep_memory, process_age, start_distributed
   from train.together import Apart, Watch
-  clock = Stopwatch()
+  clock = Stopwatch("imports", process_age())
   workdir = pathlib.Path(args.workdir) if args.workdir else default_workdir(cfg, args.config)
   try:
     check_resume(cfg, workdir, args.allow_change)
     workdir.mkdir(parents=True, exist_ok=True)
     if is_cpu_host():
       keep_memory()
-    start_distributed(cfg.stall_s)
+    with clock.within("joining"):
+      start_distributed(cfg.stall_s)
   except (ValueError, PermissionError) as e:
     print(f"train.main: error: {e}", file=sys.stderr)
     return 2

@@ -38,7 +38,9 @@ BEATS = "assay/beats"
 SOON_S = 5.0  # Enough for each process to see what has become of the others.
 # Phase -> how many times stall_s it may last: its length is the machine's affair, and differs by process. In
 # all others a process that does nothing for stall_s is stuck.
-PATIENCE = {"start": 12, "preparing data": 12, "restoring": 12, "compiling": 12, "saving": 12}
+PATIENCE = dict.fromkeys(
+    ("start", "imports", "joining", "devices", "preparing data", "restoring", "tracing", "compiling",
+     "initialising", "saving"), 12)
 
 
 class Apart(RuntimeError):

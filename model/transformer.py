@@ -1,5 +1,7 @@
 """Decoder-only transformer: embed, scan over stacked groups of blocks, norm, head.
 The one forward definition."""
+import os
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -292,11 +294,16 @@ def init_params(cfg, mesh, key):
             for path, param in flat]
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
 
-  # On a CPU half of a small run's start was LLVM at work on a program that runs once; at this level its numbers
-  # are the same.
-  quick = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else {}
   places = jax.tree.map(lambda a: a.sharding, abstract)
-  return graphdef, jax.jit(init, out_shardings=places, compiler_options=quick)(key)
+  return graphdef, jax.jit(init, out_shardings=places, compiler_options=_once(mesh))(key)
+
+
+def _once(mesh):
+  """Compiler options for a program that runs once. On a CPU LLVM was half of the start of a small run;
+  at this level it takes half as long, for the same numbers."""
+  level = "xla_backend_optimization_level"
+  quick = mesh.devices.flat[0].platform == "cpu" and level not in os.environ.get("XLA_FLAGS", "")
+  return {level: 1} if quick else {}
 
 
 def _repeat(cfg):

@@ -39,9 +39,9 @@ class TrainState:
 def init_state(cfg, mesh):
   """(graphdef, TrainState), each array born in its shards. Moments take their parameter's sharding, with
   "embed" as the rules' "moment"."""
-  tx = make_optimizer(cfg, abstract_params(cfg.model, mesh)[1])
   with jax.set_mesh(mesh):
     graphdef, params = init_params(cfg.model, mesh, jax.random.key(cfg.seed))
+    tx = make_optimizer(cfg, params)
     return graphdef, jax.jit(lambda params: _new_state(cfg, tx, params))(params)
 
 

@@ -103,7 +103,7 @@ class CompileCache:
     import jax
     self.folder = str(folder or jax.config.jax_compilation_cache_dir or default_folder())
     self.seconds, self._counts = collections.defaultdict(list), collections.Counter()
-    self._settled = False
+    self._is_late = lambda: False
     if fault := find_fault(self.folder):
       _warn(f"compile cache {self.folder} {fault}. Compiling without it")
       self.folder = None
@@ -125,15 +125,16 @@ class CompileCache:
       return
     name = fun_name.removeprefix("jit(").removesuffix(")")
     self.seconds[name].append(seconds)
-    if self._settled:
+    if self._is_late():
       _warn(f"{name} was compiled ({seconds:.1f} s) after the run's own programs, for the "
             f"{len(self.seconds[name])}. time: its shapes change, or it is made anew each time")
 
-  def settle(self, programs):
-    """From here on whatever is compiled is warned of. Asserts that each of `programs` was compiled once."""
+  def settle(self, programs, is_late=lambda: True):
+    """From here on whatever is compiled when `is_late` is warned of. Asserts that each of `programs` was
+    compiled once."""
     found = {name: len(self.seconds[name]) for name in programs}
     assert set(found.values()) == {1}, f"programs were to be compiled once each, not {found}"
-    self._settled = True
+    self._is_late = is_late
 
   def close(self):
     """Counts and warns no more."""

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -71,7 +72,8 @@ def test_the_record_is_complete(reference):
   assert reference[-1]["eval/val/loss"] < reference[0]["eval/val/loss"] - 0.5
 
 
-def test_nothing_compiles_once_the_steps_have_begun(cache, tmp_path, monkeypatch):
+def test_nothing_compiles_once_the_steps_have_begun(cache, tmp_path, monkeypatch, capsys):
+  """That each program is compiled once, a run asserts."""
   compiled, make_batches = [], loop.make_batches
 
   def counted(*args, **kwargs):
@@ -83,7 +85,10 @@ def test_nothing_compiles_once_the_steps_have_begun(cache, tmp_path, monkeypatch
   monkeypatch.setattr(loop, "make_batches", counted)
   try:
     assert run(tiny_run(cache), tmp_path) == 0
-    assert compiled == []
+    said = capsys.readouterr()
+    assert compiled == [] and "WARNING" not in said.out + said.err
+    assert re.search(r"^compile: [\d.]+ s, .*\btrain_step [\d.]+ s", said.out, re.M)
+    assert re.search(r"^first step after [\d.]+ s: .*\btracing [\d.]+, initialising [\d.]+", said.out, re.M)
     jax.jit(lambda x: x * 3.5)(jnp.ones(3))
     assert compiled, "the count counts"
   finally:

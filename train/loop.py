@@ -218,7 +218,7 @@ def _compile(cfg, run, graphdef, abstract, feed, state):
     with clock.within("compiling"):
       step_fn, eval_fn = step_fn.result(), eval_fn.result()
   note(f"compile: {time.perf_counter() - start:.1f} s, {cache.describe()}")
-  cache.settle(["train_step", "eval_step"])
+  cache.settle(["train_step", "eval_step"], is_late=lambda: clock.phase != "saving")  # That slices shards.
   memory = step_fn.memory_analysis()
   total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30
   note(f"memory: the step needs {total:.2f} GiB a device, by the compiler")

@@ -28,10 +28,13 @@ class Chip:
   dcn_bandwidth: float  # Bytes/s, one way, to devices of other slices or hosts.
   per_chip: int = 1  # jax devices a chip.
   mxu: int = 128  # Side of the matrix unit: smaller dims waste it.
+  vector: float = math.inf  # Operations/s of the vector unit; inf: the matrix unit is what limits.
   source: str
 
 
 _TPU_DOCS = "docs.cloud.google.com/tpu/docs/"
+# Lanes x sublanes x ALUs of a TensorCore. Its clock is peak / (2 x cells of its MXUs); v7x's is a guess.
+_VECTOR = 128 * 8 * 4
 _CUBES = "; a torus where all dims are multiples of 4"
 _H100 = Chip(
   kinds=("NVIDIA H100",), flops={"bfloat16": 989e12, "float8": 1979e12, "float32": 495e12}, hbm_bytes=80e9,
@@ -41,24 +44,29 @@ CHIP = {
   "v4": Chip(
     kinds=("TPU v4",), flops={"bfloat16": 275e12, "int8": 275e12}, hbm_bytes=30.75 * GIB,
     hbm_bandwidth=1.2e12, link_bandwidth=50e9, dims=3, domain=4096, dcn_bandwidth=6.25e9,
+    vector=2 * _VECTOR * 1.05e9,
     source=_TPU_DOCS + "v4; links: arXiv:2304.01433; DCN: jax-ml.github.io/scaling-book (a host's over 4)"
            + _CUBES),
   "v5e": Chip(
     kinds=("TPU v5 lite", "TPU v5e"), flops={"bfloat16": 197e12, "int8": 393e12}, hbm_bytes=15.75 * GIB,
     hbm_bandwidth=8.19e11, link_bandwidth=50e9, dims=2, domain=256, dcn_bandwidth=3.125e9,
+    vector=_VECTOR * 1.5e9,
     source=_TPU_DOCS + "v5e (400 GB/s both ways over 4 links; 6.4 Tb/s DCN a pod); a dim wraps at 16"),
   "v5p": Chip(
     kinds=("TPU v5", "TPU v5p"), flops={"bfloat16": 459e12, "int8": 918e12}, hbm_bytes=95.74 * GIB,
     hbm_bandwidth=2.765e12, link_bandwidth=100e9, dims=3, domain=8960, dcn_bandwidth=6.25e9,
+    vector=2 * _VECTOR * 1.75e9,
     source=_TPU_DOCS + "v5p (1,200 GB/s both ways over 6 links; 50 Gb/s DCN)" + _CUBES),
   "v6e": Chip(
     kinds=("TPU v6 lite", "TPU v6e"), flops={"bfloat16": 918e12, "int8": 1836e12}, hbm_bytes=31.25 * GIB,
     hbm_bandwidth=1.638e12, link_bandwidth=100e9, dims=2, domain=256, dcn_bandwidth=12.5e9, mxu=256,
+    vector=_VECTOR * 1.75e9,
     source=_TPU_DOCS + "v6e (800 GB/s both ways over 4 links), tpu7x (100 Gb/s DCN); a dim wraps at 16"),
   "v7x": Chip(
     kinds=("TPU7x",), flops={"bfloat16": 1153.5e12, "float8": 2307e12}, hbm_bytes=94.75 * GIB,
     hbm_bandwidth=3.69e12, link_bandwidth=50e9, dims=3, domain=18_432, dcn_bandwidth=6.25e9, per_chip=2,
-    mxu=256, source=_TPU_DOCS + "tpu7x, halved: two devices a chip (1,200 GB/s, 100 Gb/s DCN)" + _CUBES),
+    mxu=256, vector=_VECTOR * 2.2e9,
+    source=_TPU_DOCS + "tpu7x, halved: two devices a chip (1,200 GB/s, 100 Gb/s DCN)" + _CUBES),
   "A100": Chip(
     kinds=("NVIDIA A100",), flops={"bfloat16": 312e12, "int8": 624e12, "float32": 156e12}, hbm_bytes=40e9,
     hbm_bandwidth=1.555e12, link_bandwidth=300e9, dims=0, domain=8, dcn_bandwidth=25e9,

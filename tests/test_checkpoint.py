@@ -365,6 +365,7 @@ def check_failed_save(checkpoints, root, mesh, make_room):
   assert find_steps(root) == steps and not [p for p in root.iterdir() if p.suffix]
   assert all(find_damage(root / str(step)) == [] for step in steps)
   make_room()
+  (root / "4.saving" / "state").mkdir(parents=True)  # As a thread of the failed save may do, later.
   checkpoints.save(4, make_state(mesh, 4, rows=1 << 14), {})
   checkpoints.wait()
   restored = checkpoints.restore(abstract(make_state(mesh, rows=1 << 14), mesh))

@@ -88,6 +88,7 @@ class Checkpointer:
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._newest: int | None = None  # The step last saved or restored by this object.
+    self._failures = 0
     if jax.process_index() == 0:
       self.root.mkdir(parents=True, exist_ok=True)
       for path in sorted(self.root.glob("*.saving")) + sorted(self.root.glob("*.deleting")):
@@ -119,6 +120,8 @@ class Checkpointer:
     part = self._part(step)
     try:
       if jax.process_index() == 0:
+        for old in self.root.glob("*.saving"):
+          shutil.rmtree(old, ignore_errors=True)
         part.mkdir()
       self._writer.save(part / STATE, args=ocp.args.PyTreeSave(state))
     except Exception as e:
@@ -224,6 +227,7 @@ class Checkpointer:
     self._writer = _make_writer()  # The old one may raise the rest of this at its next save.
     if jax.process_index() == 0:
       shutil.rmtree(self._part(step), ignore_errors=True)
+    self._failures += 1  # Its threads may still write: the next save goes elsewhere.
     why = f"{type(cause).__name__}: {cause}".split(" [tensorstore_spec=")[0]
     if "No space left" in why:
       why += f" ({shutil.disk_usage(self.root).free / 1e6:.1f} MB are free now)"
@@ -232,7 +236,7 @@ class Checkpointer:
                            f"steps that are saved: {kept}")
 
   def _part(self, step):
-    return self.root / f"{step}.saving"
+    return self.root / (f"{step}.{self._failures}.saving" if self._failures else f"{step}.saving")
 
 
 def _make_writer():

@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> TrainConfig:
   return TrainConfig(
     steps=100_000, batch_size=15_360, seq_len=4096, accum_steps=15, loss_chunk=1024,
     model=ModelConfig(n_layers=61, d_model=7168, n_heads=128, head_dim=128, d_ff=18_432,
-                      attention_impl="chunked", remat="full", ffn="moe", n_experts=256, n_experts_per_token=8,
+                      remat="full", ffn="moe", n_experts=256, n_experts_per_token=8,
                       d_expert=2048, n_shared_experts=1, n_dense_layers=3, router="sigmoid", router_bias=True,
                       n_expert_groups=8, n_groups_per_token=4, routed_scale=2.5),
     data=DataConfig(sources=[SourceConfig(name="text", kind="jsonl", path="/data/text/*.jsonl.zst")],

@@ -14,7 +14,7 @@ def get_config(arg: str = "") -> TrainConfig:
   return TrainConfig(
     steps=100_000, batch_size=512, seq_len=8192, z_loss=1e-4, loss_chunk=2048,
     model=ModelConfig(n_layers=32, d_model=4096, n_heads=32, n_kv_heads=8, d_ff=14336, rope_theta=500_000.0,
-                      norm_eps=1e-5, attention_impl="chunked", remat="full"),
+                      norm_eps=1e-5, remat="full"),
     data=DataConfig(sources=[SourceConfig(name="text", kind="jsonl", path="/data/text/*.jsonl.zst")],
                     tokenizer=TokenizerConfig(vocab_size=128_256), val_fraction=0.001),
     optim=OptimConfig(lr=3e-4, warmup_steps=2000),

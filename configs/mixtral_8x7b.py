@@ -14,7 +14,7 @@ def get_config(arg: str = "") -> TrainConfig:
   return TrainConfig(
     steps=100_000, batch_size=256, seq_len=8192, loss_chunk=2048,
     model=ModelConfig(n_layers=32, d_model=4096, n_heads=32, n_kv_heads=8, d_ff=14336, rope_theta=1e6,
-                      norm_eps=1e-5, attention_impl="chunked", remat="full", ffn="moe", n_experts=8,
+                      norm_eps=1e-5, remat="full", ffn="moe", n_experts=8,
                       n_experts_per_token=2),
     data=DataConfig(sources=[SourceConfig(name="text", kind="jsonl", path="/data/text/*.jsonl.zst")],
                     tokenizer=TokenizerConfig(vocab_size=32_000), val_fraction=0.001),

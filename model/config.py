@@ -24,7 +24,7 @@ class ModelConfig:
   d_ff: int | None = None  # 8/3 d_model if gated, else 4 d_model; up to a multiple of 128.
 
   attention: str = "gqa"  # model.attention.ATTENTION, or "module:Class".
-  attention_impl: str = "dot_product"  # model.kernels.attention.KERNEL, or "module:function".
+  attention_impl: str = "auto"  # model.kernels.attention.KERNEL, or "module:function"; auto: by platform.
   context: str = "gather"  # Keys on other devices, where rules.length splits rows: model.context.CONTEXT.
   ffn: str = "swiglu"  # model.ffn.FFN, or "module:Class". "moe" is a mixture of SwiGLU experts.
   norm: str = "rmsnorm"  # model.layers.NORM.
@@ -52,7 +52,7 @@ class ModelConfig:
   remat: str = "none"  # A key of model.transformer.REMAT.
   unroll: int = 1  # Groups of layers per scan iteration: more compiles longer, and may run faster.
 
-  n_experts: int | None = None  # The next 12 are read by ffn="moe" only.
+  n_experts: int | None = None  # The next 13 are read by ffn="moe" only.
   n_experts_per_token: int | None = None
   d_expert: int | None = None  # Hidden width of one expert; d_ff.
   n_shared_experts: int = 0  # Experts that see every token, as one SwiGLU of their summed width.
@@ -63,6 +63,7 @@ class ModelConfig:
   n_groups_per_token: int | None = None
   routed_scale: float = 1.0  # Times the weights of the routed experts (DeepSeek V3: 2.5).
   dispatch: str = "dropless"  # dropless | capacity | dense (all experts on all tokens: the oracle).
+  grouped_impl: str = "auto"  # dropless only, its products: model.kernels.grouped.GROUPED; auto: by platform.
   capacity_factor: float = 1.25  # capacity only: room for this many times the mean of a device's tokens.
   exchange: str = "gather"  # How tokens reach experts on other devices: gather | all_to_all | ragged.
 

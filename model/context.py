@@ -22,6 +22,7 @@ from model.kernels.attention import (
     row_delta,
     split_heads,
 )
+from model.kernels.platform import AUTO
 
 
 def gather(axes, kernel, q_btNH, k_btKH, v_btKH, pos_bt, segment_bt, window, *, scale, cap):
@@ -83,7 +84,7 @@ def check_context(cfg, *, ways: int, heads_ways: int, seq_len: int | None):
   """
   if ways == 1:
     return
-  if cfg.context in ("ring", "zigzag") and cfg.attention_impl != "chunked":
+  if cfg.context in ("ring", "zigzag") and cfg.attention_impl not in (AUTO, "chunked"):
     raise ValueError(f"model.context={cfg.context!r} is made of the blocks of 'chunked', not of "
                      f"model.attention_impl={cfg.attention_impl!r}; nearest valid: model.attention_impl="
                      "'chunked', or model.context='gather'")

@@ -10,7 +10,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.exchange import EXCHANGE, take
+from model.kernels.grouped import GROUPED
 from model.layers import embed_shards, finer_than_length, gather_embed, sum_over, weight
+from model.lookup import lookup
 from model.sharding import on_devices
 
 # name -> (scores of logits, how many of the best scores in a group are summed to choose between groups).
@@ -73,7 +75,7 @@ def _on_device(cfg, shards, x_btD, segment_bt, w_router_DE, bias_E, experts):
     x_nD, weights_nk = (jax.lax.pcast(a, rules.mlp, to="varying") for a in (x_nD, weights_nk))
   e = experts[0].shape[0]
   room = math.ceil(cfg.capacity_factor * cfg.n_experts_per_token * b * t / cfg.n_experts)
-  dispatch = functools.partial(DISPATCH[cfg.dispatch], experts, min(room, b * t))
+  dispatch = functools.partial(DISPATCH[cfg.dispatch], cfg, experts, min(room, b * t))
   exchange = EXCHANGE[cfg.exchange] if rules.experts and e < cfg.n_experts else None
   if exchange is None:
     y_nD, dropped = dispatch(x_nD, ids_nk, weights_nk, e)
@@ -133,7 +135,7 @@ def _sum(x, axes):
   return jax.lax.psum(x, axes) if axes else x
 
 
-def dropless(experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, move=None):
+def dropless(cfg, experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, move=None):
   """Pairs (token, choice) sorted by expert, and a product of ragged groups (MegaBlocks, arXiv:2211.15841).
 
   Args:
@@ -146,6 +148,7 @@ def dropless(experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, mov
     (y_nD, how many pairs were not computed).
   """
   del room, n_groups
+  product = lookup(GROUPED, cfg.grouped_impl, "model.grouped_impl")
   n, k = ids_nk.shape
   order_m, rank_m, sizes_E = _sort(ids_nk, n_experts)
   # Rows that are not routed are read by nobody: what the product leaves past the last group is undefined.
@@ -154,16 +157,15 @@ def dropless(experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, mov
   rows_mD = take(x_nD, source_m // k, places_nk)
   rows_mD, sizes_e, back = move(rows_mD, sizes_E) if move else (rows_mD, sizes_E, lambda rows: rows)
   w_gate, w_up, w_down = experts
-  # Sharding is said for JAX's look at one stage of a pipeline, where it infers none.
-  product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes_e, out_sharding=jax.P(None, None))
-  h_mF = jax.nn.silu(product(rows_mD, w_gate)) * product(rows_mD, w_up)
-  out_mD = back(product(h_mF, w_down))
+  h_mF = jax.nn.silu(product(rows_mD, w_gate, sizes_e)) * product(rows_mD, w_up, sizes_e)
+  out_mD = back(product(h_mF, w_down, sizes_e))
   return _combine(out_mD, source_m, places_nk, weights_nk), jnp.zeros((), jnp.int32)
 
 
-def capacity(experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, move=None):
+def capacity(cfg, experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, move=None):
   """Each expert has `room` rows for each group of n / n_groups tokens; later tokens find it full
   (Switch, arXiv:2101.03961). Arguments as of `dropless`."""
+  del cfg
   n, k = ids_nk.shape
   place = functools.partial(_find_room, n_experts=n_experts, room=room)
   pair_GEC, place_Gm = jax.vmap(place)(ids_nk.reshape(n_groups, -1, k))
@@ -185,9 +187,9 @@ def capacity(experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, mov
   return _combine(out_ECD.reshape(n_rows, -1), source_M, places_nk, weights_nk), dropped
 
 
-def dense(experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, move=None):
+def dense(cfg, experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, move=None):
   """All experts on all tokens: what the others must equal. Arguments as of `dropless`."""
-  del room, n_groups, move
+  del cfg, room, n_groups, move
   w_gate, w_up, w_down = experts
   hit_nke = ids_nk[..., None] == jnp.arange(n_experts)[None, None]
   weight_ne = jnp.where(hit_nke, weights_nk[..., None], 0).sum(1)

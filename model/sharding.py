@@ -9,6 +9,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from model.kernels.platform import choose
+
 # Slow to fast links. Unused axes have size 1; none is ever absent.
 MESH_AXES = ("stage", "data", "fsdp", "expert", "seq", "tensor")
 
@@ -54,13 +56,13 @@ def ways(mesh, axes: tuple[str, ...]) -> int:
 def fit(cfg, mesh):
   """The ModelConfig for this mesh: kv heads that cannot be split as the heads are kept by every device, which
   uses those that its query heads need (model.attention); without stages the layers are one stack to scan
-  over."""
+  over; kernels that are "auto" get their names (model.kernels.platform)."""
   rules = cfg.rules
   if rules.kv_heads != rules.heads or cfg.n_kv_heads % ways(mesh, rules.kv_heads):
     rules = dataclasses.replace(rules, kv_heads=())
   if ways(mesh, rules.layers) == 1:
     rules = dataclasses.replace(rules, layers=())
-  return dataclasses.replace(cfg, rules=rules)
+  return choose(dataclasses.replace(cfg, rules=rules), mesh, ways(mesh, rules.length))
 
 
 def mesh_shape(sizes: dict, n_devices: int) -> tuple[int, ...]:

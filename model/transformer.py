@@ -12,6 +12,8 @@ from model.context import CONTEXT
 from model.exchange import EXCHANGE
 from model.ffn import FFN
 from model.kernels.attention import HIDDEN, KERNEL
+from model.kernels.grouped import GROUPED
+from model.kernels.platform import AUTO
 from model.layers import INIT, NORM, dropout, lift, read, softcap, weight
 from model.lookup import check_choice, lookup
 from model.moe import DISPATCH, ROUTER
@@ -52,7 +54,8 @@ def check_names(cfg: ModelConfig) -> None:
   Raises:
     ValueError: naming the field, its value and the valid names.
   """
-  for field, table in (("context", CONTEXT), ("attention", ATTENTION), ("attention_impl", KERNEL),
+  for field, table in (("context", CONTEXT), ("attention", ATTENTION),
+                       ("attention_impl", {AUTO: None, **KERNEL}),
                        ("ffn", FFN), ("norm", NORM), ("norm_position", NORM_POSITION), ("init", INIT),
                        ("remat", REMAT),
                        ("head", dict.fromkeys(HEAD))):
@@ -60,6 +63,7 @@ def check_names(cfg: ModelConfig) -> None:
   if cfg.ffn == "moe":
     for field, table in (("router", ROUTER), ("dispatch", DISPATCH), ("exchange", EXCHANGE)):
       check_choice(f"model.{field}", getattr(cfg, field), table)
+    lookup({AUTO: None, **GROUPED}, cfg.grouped_impl, "model.grouped_impl")
   if cfg.qk_norm is not None:
     lookup(NORM, cfg.qk_norm, "model.qk_norm")
   if cfg.attention_softcap is not None and cfg.attention_impl == "dot_product":

@@ -49,7 +49,7 @@ CONTRADICTIONS = [
    ["batch_size=8", "model.pipeline_microbatches=4", "nearest valid batch_size: 16"]),
   (["mesh.stage=2", "mesh.fsdp=4", "model.n_layers=4", "model.pipeline_repeats=2",
     "model.pipeline_microbatches=1"], ["model.pipeline_microbatches=1", "mesh.stage=2", "nearest valid: 2"]),
-  (["mesh.seq=8", "mesh.fsdp=1", "model.context=ring"],
+  (["mesh.seq=8", "mesh.fsdp=1", "model.context=ring", "model.attention_impl=dot_product"],
    ["model.context='ring'", "model.attention_impl='dot_product'", "'chunked'"]),
   (["mesh.seq=8", "mesh.fsdp=1", "model.context=ulysses"],
    ["model.context='ulysses'", "8 devices of a row", "n_heads=4"]),

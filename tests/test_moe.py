@@ -29,7 +29,8 @@ ROUTERS = {
 
 def moe_config(**changes):
   return model_config(**dict(ffn="moe", d_model=D, n_experts=E, n_experts_per_token=K, d_expert=8,
-                             dispatch="dropless", capacity_factor=100.0) | changes)
+                             dispatch="dropless", grouped_impl="ragged_dot",
+                             capacity_factor=100.0) | changes)
 
 
 def weights(cfg, seed=0, hot=0.0):

@@ -51,6 +51,7 @@ FREE_TO_CHANGE = {
   "data.sources.max_epochs": "refuses a run, never changes a row",
   "mesh": AS_THE_MESH, "model.rules": AS_THE_MESH, "model.context": AS_THE_MESH,
   "model.exchange": AS_THE_MESH, "model.pipeline_microbatches": AS_THE_MESH,
+  "model.grouped_impl": AS_THE_MESH,
 }
 ABSENT = "(absent)"
 

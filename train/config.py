@@ -73,6 +73,8 @@ READ_IF = (
     "n_experts", "n_experts_per_token", "d_expert", "n_shared_experts", "n_dense_layers", "router",
     "router_bias", "n_expert_groups", "n_groups_per_token", "routed_scale", "dispatch", "exchange")),
   ("model.capacity_factor", "model.dispatch", ("capacity",)),
+  ("model.grouped_impl", "model.ffn", ("moe",)),
+  ("model.grouped_impl", "model.dispatch", ("dropless",)),
   *((f"balance.{name}", "model.ffn", ("moe",)) for name in ("sequence_loss", "z_loss")),
   ("balance.bias_rate", "model.router_bias", SET),
   ("balance.bias_until", "model.router_bias", SET),

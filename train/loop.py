@@ -15,7 +15,8 @@ from data.pipeline import Rows, make_batches
 from data.prepare import Prepared, prepare
 from infer.compile_cache import CompileCache
 from infer.load import keep_tokenizer
-from model.sharding import make_mesh
+from model.kernels.platform import platform
+from model.sharding import fit, make_mesh
 from train.checkpoint import Checkpointer, Refused, refuse_changes
 from train.evaluate import Evaluation
 from train.feed import Feed
@@ -205,6 +206,7 @@ def _compile(cfg, run, graphdef, abstract, feed, state):
   the first state, unless there is one. Nothing compiles after this."""
   cache, clock, note = run.cache, run.clock, run.progress.note
   note(_describe_dtypes(cfg, abstract))
+  note(_describe_kernels(fit(cfg.model, run.mesh)))
   train_step = jax.jit(make_train_step(cfg, graphdef, abstract.params), donate_argnums=0)
   eval_step = jax.jit(make_eval_step(cfg, graphdef))
   start = time.perf_counter()
@@ -223,6 +225,11 @@ def _compile(cfg, run, graphdef, abstract, feed, state):
   total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30
   note(f"memory: the step needs {total:.2f} GiB a device, by the compiler")
   return step_fn, eval_fn, state
+
+
+def _describe_kernels(model):
+  experts = f", experts {model.grouped_impl}" if model.ffn == "moe" and model.dispatch == "dropless" else ""
+  return f"kernels on {platform()}: attention {model.attention_impl}{experts}"
 
 
 def _describe_dtypes(cfg, abstract):

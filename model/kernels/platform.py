@@ -1,5 +1,9 @@
-"""Where the program that is being traced will run."""
+"""Where the program that is being traced will run, and which kernels that is a reason for."""
+import dataclasses
+
 import jax
+
+AUTO = "auto"
 
 
 def platform(mesh=None) -> str:
@@ -9,6 +13,27 @@ def platform(mesh=None) -> str:
   if not mesh.empty:
     return mesh.abstract_device.platform if mesh.abstract_device is not None else ""
   return jax.default_backend()
+
+
+def choose(cfg, mesh, row_ways: int):
+  """The ModelConfig with names for "auto": what can serve it on the platform of the mesh.
+
+  Args:
+    row_ways: over how many devices a row is split.
+  """
+  on_tpu, chosen = platform(mesh) == "tpu", {}
+  if cfg.attention_impl == AUTO:
+    split = cfg.context if row_ways > 1 else None
+    if split in ("ring", "zigzag"):
+      name = "chunked"  # What they are made of.
+    elif on_tpu:
+      name = "splash" if split != "gather" else "chunked"
+    else:  # dot_product is a [T, T] array to XLA, and the fastest where that fits.
+      name = "dot_product" if cfg.attention_softcap is None else "chunked"
+    chosen["attention_impl"] = name
+  if cfg.grouped_impl == AUTO:
+    chosen["grouped_impl"] = "megablox" if on_tpu else "ragged_dot"
+  return dataclasses.replace(cfg, **chosen)
 
 
 def interpreted() -> bool:

@@ -1,0 +1,199 @@
+"""The Pallas kernels: interpreted they are the plain definitions, and XLA:TPU compiles them into our step."""
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType
+
+from model.config import ModelConfig
+from model.kernels.attention import KERNEL, Mask
+from model.kernels.grouped import GROUPED
+from model.kernels.paged import paged
+from model.kernels.platform import choose
+from model.sharding import MESH_AXES, abstract_mesh, fit, make_mesh, on_devices
+from tests.tiny import MOE, abstract_batch, packed_batch
+
+
+@pytest.mark.parametrize("t, n, k, h, window, cap", [
+  (128, 4, 2, 16, None, None),  # Grouped.
+  (150, 4, 1, 10, 37, 2.0),  # One kv head, an odd width, padded rows.
+  (48, 2, 2, 24, None, 2.0),
+])
+def test_splash_is_plain_attention(t, n, k, h, window, cap):
+  """Output and gradients, of packed rows that end in padding, which is finite."""
+  rng = np.random.default_rng(n)
+  q, keys, v, cotangent = (rng.normal(size=(2, t, heads, h)).astype(np.float32) for heads in (n, k, k, n))
+  batch = packed_batch(t=t, b=2)
+  pos, segment = batch["positions"], batch["segments"]
+  cotangent *= (segment > 0)[..., None, None]
+  mask = Mask(pos, segment, pos, segment, window, aligned=True)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(name, q, keys, v):
+    out, pull = jax.vjp(lambda *qkv: KERNEL[name](*qkv, mask, scale=h**-0.5, cap=cap), q, keys, v)
+    return out, *pull(jnp.asarray(cotangent))
+
+  (got, *grads), (want, *wanted) = run("splash", q, keys, v), run("plain", q, keys, v)
+  assert np.isfinite(got).all()
+  for a, b in zip((np.where(segment[..., None, None] > 0, got - want, 0), *grads), (0 * got, *wanted)):
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_products_are_a_loop_over_groups(name):
+  """With gradients, on each device of a mesh that splits rows and columns; some groups are empty, and the
+  last rows are of none: they are NaN, and reach nothing."""
+  rng, P = np.random.default_rng(0), jax.P
+  x, w, cotangent = (rng.normal(size=s).astype(np.float32) / 4 for s in ((400, 24), (3, 24, 136), (400, 136)))
+  sizes = np.array([[10, 0, 137], [0, 51, 0]], np.int32)
+  last = np.concatenate([np.arange(200) >= n for n in sizes.sum(1)])
+  x[last] = cotangent[last] = np.nan
+
+  def loop(x, w, sizes):
+    ends = np.cumsum(sizes)
+    parts = [jnp.dot(x[end - size:end], w[i]) for i, (end, size) in enumerate(zip(ends, sizes))]
+    return jnp.concatenate([*parts, jnp.zeros((len(x) - ends[-1], w.shape[2]))])
+
+  loops = lambda x, w: jnp.concatenate([loop(x[:200], w, sizes[0]), loop(x[200:], w, sizes[1])])
+  want, pull = jax.vjp(loops, x, w)
+  wanted = pull(jnp.where(last[:, None], 0, cotangent))
+  specs = P("fsdp", None), P(None, None, "tensor"), P("fsdp", None)
+
+  def local(x, w, sizes):
+    return GROUPED[name](x, jax.lax.pcast(w, "fsdp", to="varying"), sizes[0])
+
+  with jax.set_mesh(mesh := make_mesh(fsdp=2, tensor=2, data=2)):
+    placed = [jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(
+        (x, w, sizes, cotangent), (*specs, P("fsdp", "tensor")))]
+
+    @jax.jit
+    def run(x, w, sizes, cotangent):
+      out, pull = jax.vjp(lambda x, w: on_devices(local, specs, P("fsdp", "tensor"))(x, w, sizes), x, w)
+      return out, *pull(cotangent)
+
+    got, dx, dw = map(np.asarray, run(*placed))
+  for a, b in ((got[~last], want[~last]), (dx[~last], wanted[0][~last]), (dw, wanted[1])):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def paged_inputs(n=4, k=2, h=16, *, page=4, dtype=np.float32):
+  """Three sequences, one of them decoding, in pages of which nothing else is a number; and two tokens and a
+  sequence that are not there."""
+  rng = np.random.default_rng(0)
+  kv = np.full((12, page, 2 * k, h), np.nan, np.float32)
+  lengths, queries, pages = [9, 5, 12], [3, 1, 4], np.zeros((4, 3), np.int32)
+  free = iter(rng.permutation(12))
+  for row, length in enumerate(lengths):
+    for i in range(-(-length // page)):
+      pages[row, i] = at = next(free)
+      kv[at, :length - i * page] = rng.normal(size=kv[at, :length - i * page].shape)
+  start = np.cumsum([0, *queries, 0]).astype(np.int32)
+  q = rng.normal(size=(start[-1] + 2, n, h)).astype(np.float32)
+  return (jnp.asarray(q, dtype), jnp.asarray(kv, dtype), np.array([*lengths, 0], np.int32), pages, start,
+          np.int32(3))
+
+
+@pytest.mark.parametrize("window, cap", [(None, None), (4, 2.0)])
+def test_paged_is_plain_attention_to_each_sequence(window, cap):
+  q, kv, lengths, pages, start, n = inputs = paged_inputs()
+  got = jax.jit(functools.partial(paged, window=window, scale=0.25, cap=cap))(*inputs)
+  for row in range(n):
+    mine, length = slice(start[row], start[row + 1]), lengths[row]
+    keys, values = (kv[pages[row]].reshape(-1, *kv.shape[2:])[None, :length, i::2] for i in (0, 1))
+    pos, ones = np.arange(length)[None], np.ones((1, length), np.int32)
+    mine_of = lambda a: a[:, length - (start[row + 1] - start[row]):]
+    mask = Mask(mine_of(pos), mine_of(ones), pos, ones, window, aligned=False)
+    want = KERNEL["plain"](q[None, mine], keys, values, mask, scale=0.25, cap=cap)[0]
+    np.testing.assert_allclose(got[mine], want, atol=1e-5)
+
+
+def abstract_tpu(**sizes):
+  mesh = abstract_mesh(**sizes)
+  return mesh.update(abstract_device=jax.sharding.AbstractDevice("TPU v5p", 2, "tpu"))
+
+
+@pytest.mark.parametrize("changes, seq, tpu, others", [
+  ({}, 1, "splash", "dot_product"),
+  (dict(attention_softcap=5.0), 1, "splash", "chunked"),
+  (dict(context="gather"), 2, "chunked", "dot_product"),
+  (dict(context="ulysses"), 2, "splash", "dot_product"),
+  (dict(context="ring"), 2, "chunked", "chunked"),
+  (dict(context="ring"), 1, "splash", "dot_product"),
+  (dict(attention_impl="plain"), 1, "plain", "plain"),
+])
+def test_auto_is_what_can_serve_it_there(changes, seq, tpu, others):
+  cfg = ModelConfig(vocab_size=100, **MOE | changes).validate()
+  chosen = [fit(cfg, mesh) for mesh in (abstract_tpu(seq=seq), make_mesh(seq=seq, data=-1),
+                                        abstract_mesh(seq=seq))]
+  assert [c.attention_impl for c in chosen] == [tpu, others, others]
+  assert [c.grouped_impl for c in chosen] == ["megablox", "ragged_dot", "ragged_dot"]
+  assert all(choose(c, make_mesh(data=-1), seq) == c for c in chosen)  # A name stays.
+
+
+# Compiled by XLA:TPU for chips that are not here.
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+pod = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the wheel libtpu")
+
+
+def tpu_mesh(name, monkeypatch, **sizes):
+  for key, value in dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true").items():
+    monkeypatch.setitem(os.environ, key, value)
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name]).devices
+  shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+  return jax.sharding.Mesh(np.array(devices).reshape(shape), MESH_AXES,
+                           axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def compiled_text(f, *args):
+  return jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).compile().as_text()
+
+
+def kernels_of(text):
+  return set(re.findall(r"%([\w-]+?)[.\d]* = .*tpu_custom_call", text))
+
+
+@pod
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_our_step_compiles_with_the_kernels(name, monkeypatch):
+  """bf16, two windows, a soft cap, grouped heads of 64, experts on four devices that exchange tokens."""
+  from configs.tiny import get_config
+  from train.step import abstract_state, make_train_step
+  cfg, mesh = get_config(), tpu_mesh(name, monkeypatch, expert=4)
+  cfg.mesh = dataclasses.replace(cfg.mesh, fsdp=1, expert=4)
+  cfg.batch_size, cfg.seq_len = 4, 256
+  cfg.model = ModelConfig(
+      vocab_size=300, n_layers=2, d_model=128, n_heads=4, n_kv_heads=2, head_dim=64, remat="full",
+      window=100, layer_pattern=("local", "global"), attention_softcap=20.0, exchange="ragged", **MOE | dict(d_expert=128))
+  graphdef, state = abstract_state(cfg.validate(4), mesh)
+  with jax.set_mesh(mesh):
+    text = compiled_text(make_train_step(cfg, graphdef, state.params), state, abstract_batch(cfg, mesh))
+  assert kernels_of(text) >= {"splash_mha_fwd_segmented_residuals", "splash_mha_dq_segmented_no_residuals",
+                              "splash_mha_dkv_segmented_no_residuals", "gmm", "tgmm"}
+  assert "ragged-all-to-all" in text
+
+
+@pod
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_paged_attention_compiles(name, monkeypatch):
+  """Heads over four devices, as decode splits them."""
+  mesh, P = tpu_mesh(name, monkeypatch, tensor=4), jax.P
+  shapes = [((64, 32, 128), jnp.bfloat16), ((100, 16, 32, 128), jnp.bfloat16), ((16,), jnp.int32),
+            ((16, 8), jnp.int32), ((17,), jnp.int32), ((), jnp.int32)]
+  heads = P(None, "tensor", None), P(None, None, "tensor", None)
+  specs = *heads, *[P()] * 4
+  args = [jax.ShapeDtypeStruct(*shape, sharding=jax.NamedSharding(mesh, spec))
+          for shape, spec in zip(shapes, specs)]
+  with jax.set_mesh(mesh):
+    local = functools.partial(paged, window=100, scale=128**-0.5, cap=30.0)
+    text = compiled_text(on_devices(lambda *a: local(*a), specs, heads[0], check_vma=False), *args)
+  assert "ragged_paged_attention_kernel" in kernels_of(text)

@@ -172,7 +172,8 @@ def test_our_step_compiles_with_the_kernels(name, monkeypatch):
   cfg.batch_size, cfg.seq_len = 4, 256
   cfg.model = ModelConfig(
       vocab_size=300, n_layers=2, d_model=128, n_heads=4, n_kv_heads=2, head_dim=64, remat="full",
-      window=100, layer_pattern=("local", "global"), attention_softcap=20.0, exchange="ragged", **MOE | dict(d_expert=128))
+      window=100, layer_pattern=("local", "global"), attention_softcap=20.0, exchange="ragged",
+      **MOE | dict(d_expert=128))
   graphdef, state = abstract_state(cfg.validate(4), mesh)
   with jax.set_mesh(mesh):
     text = compiled_text(make_train_step(cfg, graphdef, state.params), state, abstract_batch(cfg, mesh))

@@ -9,7 +9,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from model.kernels.platform import choose
+from model.kernels.platform import choose, platform
 
 # Slow to fast links. Unused axes have size 1; none is ever absent.
 MESH_AXES = ("stage", "data", "fsdp", "expert", "seq", "tensor")
@@ -62,7 +62,7 @@ def fit(cfg, mesh):
     rules = dataclasses.replace(rules, kv_heads=())
   if ways(mesh, rules.layers) == 1:
     rules = dataclasses.replace(rules, layers=())
-  return choose(dataclasses.replace(cfg, rules=rules), mesh, ways(mesh, rules.length))
+  return choose(dataclasses.replace(cfg, rules=rules), platform(mesh), ways(mesh, rules.length))
 
 
 def mesh_shape(sizes: dict, n_devices: int) -> tuple[int, ...]:
@@ -106,10 +106,16 @@ def make_mesh(*, slices: int = 1, slice_axis: str = "data", **sizes: int) -> jax
   return jax.sharding.Mesh(devices, MESH_AXES, axis_types=types)
 
 
-def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
-  """The mesh of a machine that is not here: enough to trace and check a step, with no devices."""
+def abstract_mesh(*, on: str | None = None, **sizes: int) -> jax.sharding.AbstractMesh:
+  """The mesh of a machine that is not here: enough to trace and check a step, with no devices.
+
+  Args:
+    on: cpu | gpu | tpu, where a kernel is chosen by that.
+  """
   shape = mesh_shape(sizes, math.prod(sizes.values()))
-  return jax.sharding.AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+  device = on and jax.sharding.AbstractDevice(device_kind=on, num_cores=None, platform=on)
+  return jax.sharding.AbstractMesh(
+      shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), abstract_device=device)
 
 
 def place(mesh, spec) -> NamedSharding:

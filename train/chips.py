@@ -31,6 +31,11 @@ class Chip:
   vector: float = math.inf  # Operations/s of the vector unit; inf: the matrix unit is what limits.
   source: str
 
+  @property
+  def platform(self) -> str:
+    """As jax calls it."""
+    return {"TPU": "tpu", "NVIDIA": "gpu"}.get(self.kinds[0].split()[0] if self.kinds else "", "cpu")
+
 
 _TPU_DOCS = "docs.cloud.google.com/tpu/docs/"
 # Lanes x sublanes x ALUs of a TensorCore. Its clock is peak / (2 x cells of its MXUs); v7x's is a guess.

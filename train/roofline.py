@@ -16,6 +16,7 @@ import itertools
 import math
 
 from model.count import flops_per_token
+from model.kernels.platform import choose
 from model.pipeline import iterations
 from model.sharding import MESH_AXES, mesh_shape
 from train.chips import torus, wraps
@@ -135,9 +136,9 @@ class _Work:
 
   def __init__(self, cfg, chip, n, efficiency):
     self.cfg, self.chip, self.n = cfg, chip, n
-    m = self.model = cfg.model
     self.sizes = dict(zip(MESH_AXES, mesh_shape({a: getattr(cfg.mesh, a) for a in MESH_AXES}, n)))
-    self.rules = m.rules
+    self.rules = cfg.model.rules
+    m = self.model = choose(cfg.model, chip.platform, self.ways("length"))
     self.network = Network(chip, self.sizes, n, cfg.mesh.slices, cfg.mesh.slice_axis, efficiency)
     self.peak = efficiency * chip.flops.get(m.compute_dtype, chip.flops["bfloat16"])
     self.memory, self.vector = efficiency * chip.hbm_bandwidth, efficiency * chip.vector

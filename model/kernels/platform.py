@@ -15,13 +15,14 @@ def platform(mesh=None) -> str:
   return jax.default_backend()
 
 
-def choose(cfg, mesh, row_ways: int):
-  """The ModelConfig with names for "auto": what can serve it on the platform of the mesh.
+def choose(cfg, on: str, row_ways: int):
+  """The ModelConfig with names for "auto": what can serve it there.
 
   Args:
+    on: as `platform` gives it.
     row_ways: over how many devices a row is split.
   """
-  on_tpu, chosen = platform(mesh) == "tpu", {}
+  on_tpu, chosen = on == "tpu", {}
   if cfg.attention_impl == AUTO:
     split = cfg.context if row_ways > 1 else None
     if split in ("ring", "zigzag"):

@@ -166,7 +166,7 @@ def test_our_step_compiles_with_the_kernels(name, monkeypatch):
   cfg.mesh = dataclasses.replace(cfg.mesh, fsdp=1, expert=4)
   cfg.batch_size, cfg.seq_len = 4, 256
   cfg.model = ModelConfig(
-      vocab_size=300, n_layers=2, d_model=128, n_heads=4, n_kv_heads=2, head_dim=64, remat="full",
+      vocab_size=384, n_layers=2, d_model=128, n_heads=4, n_kv_heads=2, head_dim=64, remat="full",
       window=100, layer_pattern=("local", "global"), attention_softcap=20.0, exchange="ragged",
       **MOE | dict(d_expert=128))
   graphdef, state = abstract_state(cfg.validate(4), mesh)

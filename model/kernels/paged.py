@@ -29,8 +29,11 @@ def paged(q_TNH, kv_PAKH, length_B, page_BL, start_B, n_sequences, *, window, sc
   if platform() != "tpu":
     return gathered(*where, n_sequences, window=window, scale=scale, cap=cap)
   from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
-  return ragged_paged_attention(*where, n_sequences[None], sm_scale=scale, sliding_window=window,
-                                soft_cap=cap)
+  # Blocks are said: the kernel would look for those of the chip of this process, which may be none.
+  n_pages = min(page_BL.shape[1], max(1, 512 // kv_PAKH.shape[1]))
+  return ragged_paged_attention(
+      *where, n_sequences[None], sm_scale=scale, sliding_window=window, soft_cap=cap,
+      num_kv_pages_per_block=n_pages, num_queries_per_block=min(q_TNH.shape[0], 32))
 
 
 def gathered(q_TNH, kv_PAKH, length_B, page_BL, start_B, n_sequences, *, window, scale, cap):

@@ -195,6 +195,28 @@ def test_the_table_names_process_step_phase_and_age():
   assert re.search(r"1 +5  waiting for data  11.0 s +0.4 s ago  <--$", text.splitlines()[-1])
 
 
+def test_processes_agree_to_the_bit(tmp_path):
+  """Round after round, under names that come in any order of their own; what was read by all is forgotten."""
+  code, output, _ = small(tmp_path, """
+import numpy as np
+from jax._src import distributed
+from train.host import Stopwatch, start_distributed
+from train.together import agree
+start_distributed()
+clock = Stopwatch()
+for n in range(20):
+  time.sleep(0.003 * ((n + me) % 3))
+  said = agree("number", clock, np.array([me, n / 7], np.float64))
+  assert said.dtype == np.float64 and said.tolist() == [[i, n / 7] for i in range(3)], said
+  assert agree("flag", clock, me == n % 3).tolist() == [i == n % 3 for i in range(3)]
+agree("end", clock, 0)
+left = [key for key, _ in distributed.global_state.client.key_value_dir_get_bytes("assay/agree/number")]
+assert len(left) == 3, left
+agree("read", clock, 0)
+""", processes=3)
+  assert code == 0, output
+
+
 # Training.
 
 def test_two_processes_train(tmp_path):

@@ -12,19 +12,20 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType
 
+from configs.tiny import get_config
 from model.config import ModelConfig
 from model.kernels.attention import KERNEL, Mask
 from model.kernels.grouped import GROUPED
 from model.kernels.paged import paged
 from model.kernels.platform import choose
 from model.sharding import MESH_AXES, abstract_mesh, fit, make_mesh, on_devices
-from tests.tiny import MOE, abstract_batch, packed_batch
+from tests.tiny import MOE, abstract_batch, model_config, packed_batch, trace_step
+from train.step import abstract_state, make_train_step
 
 
 @pytest.mark.parametrize("t, n, k, h, window, cap", [
   (128, 4, 2, 16, None, None),  # Grouped.
   (150, 4, 1, 10, 37, 2.0),  # One kv head, an odd width, padded rows.
-  (48, 2, 2, 24, None, 2.0),
 ])
 def test_splash_is_plain_attention(t, n, k, h, window, cap):
   """Output and gradients, of packed rows that end in padding, which is finite."""
@@ -132,6 +133,17 @@ def test_auto_is_what_can_serve_it_there(changes, seq, tpu, others):
   assert all(choose(c, "cpu", seq) == c for c in chosen)  # A name stays.
 
 
+def test_kernels_trace_in_a_pipeline():
+  """Where each device runs its own stage, and shard_map checks what varies over which axes."""
+  cfg = get_config()
+  cfg.model = model_config(**MOE, context="ulysses", exchange="ragged")
+  cfg.data.tokenizer.vocab_size = cfg.model.vocab_size
+  cfg.mesh = dataclasses.replace(cfg.mesh, fsdp=1, stage=2, expert=2, seq=2)
+  _, jaxpr = trace_step(cfg.validate(8), abstract_mesh(on="tpu", stage=2, expert=2, seq=2), closed=True)
+  text = str(jaxpr)
+  assert all(name in text for name in ("splash_mha_dkv", "tgmm", "ragged_all_to_all"))
+
+
 # Compiled by XLA:TPU for chips that are not here.
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -160,8 +172,6 @@ def kernels_of(text):
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_our_step_compiles_with_the_kernels(name, monkeypatch):
   """bf16, two windows, a soft cap, grouped heads of 64, experts on four devices that exchange tokens."""
-  from configs.tiny import get_config
-  from train.step import abstract_state, make_train_step
   cfg, mesh = get_config(), tpu_mesh(name, monkeypatch, expert=4)
   cfg.mesh = dataclasses.replace(cfg.mesh, fsdp=1, expert=4)
   cfg.batch_size, cfg.seq_len = 4, 256

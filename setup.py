@@ -34,6 +34,7 @@ setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]"],
+    "rehearse": ["jax[tpu]"],  # libtpu, the compiler: no TPU is needed.
     "gpu": ["jax[cuda12]"],
     "tensorboard": ["tensorboardX>=2.6"],
     "test": TEST,

@@ -1,7 +1,7 @@
 """A mixture of the shape of DeepSeek V3 (arXiv:2412.19437): 61 layers, the first 3 dense, 256 experts in 8
 groups of which a token sees 8 in at most 4, and one shared; evened out by the bias and a faint loss a row.
 Attention is 128 plain heads in place of latent attention, so it has 688B parameters instead of 671B. For
-2,048 chips.
+2,048 chips; deepseek_v3.py:1024 is for 1,024.
 
 python -m train.main --config=configs/deepseek_v3.py --config.data.sources[0].path=/data/*.jsonl.zst
 Expected: not trained here. The program is traced for its 2,048 chips by tests/test_contracts.py.
@@ -10,10 +10,12 @@ from data.config import DataConfig, SourceConfig, TokenizerConfig
 from model.config import ModelConfig
 from train.config import BalanceConfig, MeshConfig, OptimConfig, TrainConfig
 
+TOPOLOGY = {"": "v5p:8x16x16", "1024": "v5p:8x8x16"}
+
 
 def get_config(arg: str = "") -> TrainConfig:
-  if arg:
-    raise ValueError(f"arg={arg!r}: this config takes none; nearest valid: configs/deepseek_v3.py")
+  if arg not in TOPOLOGY:
+    raise ValueError(f"arg={arg!r}; nearest valid: configs/deepseek_v3.py, configs/deepseek_v3.py:1024")
   return TrainConfig(
     steps=100_000, batch_size=15_360, seq_len=4096, accum_steps=15, loss_chunk=1024,
     model=ModelConfig(n_layers=61, d_model=7168, n_heads=128, head_dim=128, d_ff=18_432,
@@ -24,4 +26,4 @@ def get_config(arg: str = "") -> TrainConfig:
                     tokenizer=TokenizerConfig(vocab_size=129_280), val_fraction=0.001),
     optim=OptimConfig(lr=2.2e-4, warmup_steps=2000, schedule="wsd"),
     balance=BalanceConfig(sequence_loss=1e-4, bias_until=0.97),
-    mesh=MeshConfig(fsdp=32, expert=32, tensor=2))
+    mesh=MeshConfig(fsdp=16 if arg else 32, expert=32, tensor=2))

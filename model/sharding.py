@@ -82,27 +82,29 @@ def mesh_shape(sizes: dict, n_devices: int) -> tuple[int, ...]:
   return tuple(shape)
 
 
-def make_mesh(*, slices: int = 1, slice_axis: str = "data", **sizes: int) -> jax.sharding.Mesh:
+def make_mesh(*, slices: int = 1, slice_axis: str = "data", devices=None, **sizes: int) -> jax.sharding.Mesh:
   """make_mesh(fsdp=-1, tensor=2) over all devices of all processes, with Explicit axes.
 
   Args:
+    devices: others than those, e.g. of a machine that is not here (train.rehearse).
     slices: groups of devices with a slow network between them: as the devices know them, on CPUs the
       processes. `slice_axis`, whose size they divide, is the axis that goes over it, slices varying slowest.
 
   Raises:
     ValueError: another number of devices, or of slices.
   """
-  shape, types = mesh_shape(sizes, jax.device_count()), (AxisType.Explicit,) * len(MESH_AXES)
+  devices = jax.devices() if devices is None else devices
+  shape, types = mesh_shape(sizes, len(devices)), (AxisType.Explicit,) * len(MESH_AXES)
   if slices == 1:
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
   over = tuple(slices if axis == slice_axis else 1 for axis in MESH_AXES)
   within = tuple(n // slow for n, slow in zip(shape, over))
-  by_process = jax.devices()[0].platform == "cpu"
-  there = len({device.process_index if by_process else device.slice_index for device in jax.devices()})
+  by_process = devices[0].platform == "cpu"
+  there = len({device.process_index if by_process else device.slice_index for device in devices})
   if there != slices:
     raise ValueError(f"mesh.slices={slices}, but this run has {there} "
                      f"{'processes' if by_process else 'slices'}; nearest valid: {there}")
-  devices = mesh_utils.create_hybrid_device_mesh(within, over, process_is_granule=by_process)
+  devices = mesh_utils.create_hybrid_device_mesh(within, over, devices, process_is_granule=by_process)
   return jax.sharding.Mesh(devices, MESH_AXES, axis_types=types)
 
 

@@ -2,6 +2,7 @@
 experiments/, is tested here because it exists."""
 import dataclasses
 import importlib
+import math
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from model.ffn import FFN
 from model.sharding import MESH_AXES, abstract_mesh
 from tests.tiny import MESHES, MOE, ROOT, T, V, model_config, packed_batch, put, tiny, trace_step, variants
 from train.losses import loss_spec, next_token_loss
+from train.rehearse import chips_in, shipped
 
 VARIANTS = list(variants())
 
@@ -107,11 +109,25 @@ def test_every_pair_traces_on_every_mesh(attention, ffn, mesh_name):
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 
 
+TOPOLOGIES = shipped()
+
+
+@pytest.mark.parametrize("path", TOPOLOGIES)
+def test_a_declared_topology_has_as_many_chips_as_the_mesh(path):
+  file, _, arg = path.partition(":")
+  cfg = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(arg)
+  n = cfg.mesh.slices * chips_in(TOPOLOGIES[path])
+  assert n == math.prod(getattr(cfg.mesh, axis) for axis in MESH_AXES), "every size is written out"
+  cfg.validate(n)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_loads_and_traces(name):
   from model.transformer import check_names
   module = importlib.import_module(f"configs.{name}")
   cfg = module.get_config().validate()
+  if math.prod(getattr(cfg.mesh, axis) for axis in MESH_AXES) > 8:
+    assert f"configs/{name}.py" in TOPOLOGIES, "a config for a pod says of which chips: TOPOLOGY"
   check_names(cfg.model)
   assert f"configs/{name}.py" in module.__doc__ and "Expected" in module.__doc__, \
       "say the command and what to expect"

@@ -6,8 +6,6 @@ import collections
 import dataclasses
 import functools
 import math
-import re
-import typing
 
 import jax
 import pytest
@@ -16,47 +14,10 @@ from model.sharding import TRAIN, make_mesh
 from tests.test_step import run_config
 from tests.tiny import MOE, T, abstract_batch
 from train.config import MeshConfig
+from train.hlo import collectives
 from train.step import abstract_state, init_state, make_train_step
 
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 D, F = 32, 128  # Widths of the tiny model.
-
-
-class Collective(typing.NamedTuple):
-  kind: str
-  shapes: tuple[tuple[int, ...], ...]  # Of what comes out, on one device.
-  in_loop: bool
-  name: str
-
-  @property
-  def largest(self):
-    return max(math.prod(shape) for shape in self.shapes)
-
-
-def collectives(text: str) -> list[Collective]:
-  """Those of a compiled module between two or more devices."""
-  found = []
-  for line in text.splitlines():
-    m = re.match(rf"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({KINDS})(?:-start)?\(", line)
-    if not m or _group_size(line) == 1:
-      continue
-    shapes = tuple(tuple(map(int, s.split(","))) if s else ()
-                   for s in re.findall(r"\w+\[([\d,]*)\]", m.group(1)))
-    name = (re.search(r'op_name="([^"]*)"', line) or ["", ""])[1]
-    found.append(Collective(m.group(2), shapes, "while/body" in name, name))
-  return found
-
-
-def _group_size(line):
-  if "source_target_pairs" in line:
-    return 2
-  groups = line.split("replica_groups=")[1]
-  if m := re.match(r"\[(\d+),(\d+)\]", groups):  # [groups, devices of one].
-    return int(m.group(2))
-  if m := re.match(r"mesh\[([^\]]*)\].*?\{([^}]*)\}", groups):  # mesh['a'=2,'b'=4] {'a'}.
-    sizes = dict(re.findall(r"('\w+')=(\d+)", m.group(1)))
-    return math.prod(int(sizes[a]) for a in re.findall(r"'\w+'", m.group(2)))
-  return len(re.match(r"\{\{([^}]*)\}", groups).group(1).split(","))
 
 
 def train_step(mesh, model=None):

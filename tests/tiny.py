@@ -5,7 +5,6 @@ import inspect
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,7 +16,7 @@ from model.layers import NORM
 from model.moe import DISPATCH, ROUTER
 from model.sharding import make_mesh
 from model.transformer import NORM_POSITION, check_names, init_params
-from train.step import abstract_state, make_train_step
+from train.step import abstract_batch, abstract_state, make_train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESHES = {
@@ -70,14 +69,6 @@ def put(cfg, mesh, batch):
   """The batch on the mesh, split by rows."""
   place = lambda a: jax.device_put(a, jax.NamedSharding(mesh, cfg.rules("batch", None)))
   return {name: place(a) for name, a in batch.items()}
-
-
-def abstract_batch(cfg, mesh):
-  """The types of a batch of a run's config."""
-  number = lambda dtype: jax.ShapeDtypeStruct(
-      (cfg.batch_size, cfg.seq_len), dtype, sharding=jax.NamedSharding(mesh, cfg.model.rules("batch", None)))
-  return {name: number(jnp.float32 if name == "weights" else jnp.int32)
-          for name in ("tokens", "targets", "weights", "positions", "segments")}
 
 
 def trace_step(cfg, mesh, closed=False):

@@ -59,6 +59,14 @@ def abstract_state(cfg, mesh):
   return graphdef, jax.tree.map(place, state)
 
 
+def abstract_batch(cfg, mesh):
+  """A batch of the run as ShapeDtypeStructs."""
+  number = lambda dtype: jax.ShapeDtypeStruct(
+      (cfg.batch_size, cfg.seq_len), dtype, sharding=jax.NamedSharding(mesh, cfg.model.rules("batch", None)))
+  return {name: number(jnp.float32 if name == "weights" else jnp.int32)
+          for name in ("tokens", "targets", "weights", "positions", "segments")}
+
+
 def _new_state(cfg, tx, params):
   number = lambda dtype: jnp.zeros((), dtype, out_sharding=jax.P())
   guard = Guard(number(jnp.float32), number(jnp.float32), number(jnp.int32), number(jnp.int32))

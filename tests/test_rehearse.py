@@ -1,0 +1,142 @@
+"""What train.rehearse refuses, keeps and says. What needs the TPU compiler is slow, or skipped."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.tiny import ROOT
+from train import rehearse
+from train.rehearsals import render, render_side_by_side, row
+
+COMPILER = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                              reason='needs libtpu, the TPU compiler: pip install -e ".[rehearse]"')
+GIB = 2**30
+REPORT = dict(
+  topology="v5p:2x4x4", chips=32, slices=1, mesh={"fsdp": 32}, fits=True,
+  versions={"jax": "1", "libtpu": "2"}, hbm_bytes=95 * GIB,
+  what="train step", compile_s=100.0, compiler_bytes=2 * GIB, cached=False, flags={},
+  memory=dict(argument_size=3 * GIB, output_size=3 * GIB, alias_size=3 * GIB, temp_size=7 * GIB,
+              generated_code_size=0, peak_memory=10 * GIB),
+  flops=5e14, core_s=1.5, exposed_s=0.2, kernels_s=0.3, kernel_runs=128, step_s=2.0, clock_hz=1.75e9,
+  tokens_per_s_per_chip=4096.0, mfu=0.5, useful_flops=4.5e14,
+  transfers=[dict(kind="all-gather", axes=["fsdp"], asynchronous=False, source="model/layers.py:1",
+                  what="bf16[8]", times=32, wire_bytes=3e9, wire_s=0.2, exposed_s=0.2, overlap_s=0.0)],
+  buffers=[dict(bytes=2 * GIB, shape="f32[9]", source="train/losses.py:5", op_name="x", op="fusion.1")] * 2,
+  findings=[dict(kind="padding", text="f32[1,1] takes 9 MiB", source="model/moe.py:7")])
+
+
+def test_a_report_says_what_holds_memory_and_what_waits():
+  text = render(REPORT)
+  for words in ("fits: yes, 10.00 of 95.00 GiB", "4.00 GiB  2 x f32[9]", "train/losses.py:5",
+                "step       2.000 s", "MFU 50.0%", "waited for", "libtpu 2",
+                "padding: f32[1,1] takes 9 MiB (model/moe.py:7)"):
+    assert words in text
+  assert "| yes | 3.00 | 10.00 | 1.50 | 0.20 | 0.30 | 2.00 | 3.0 | 4,096 | 100 |" in row("c.py", REPORT)
+
+
+def test_flag_sets_stand_side_by_side_and_the_fastest_is_shown():
+  text = render_side_by_side([REPORT, REPORT | dict(flags={"xla_a": "true"}, step_s=1.0)])
+  assert "none" in text and "LIBTPU_INIT_ARGS='--xla_a=true'" in text and "step       1.000 s" in text
+
+
+@pytest.mark.parametrize("f, argument, words", [
+    (rehearse.read_flags, "--a=b c", "'c' is not of the form --name=value"),
+    (rehearse.chips_in, "v5p-32", "nearest valid: v5p:4x4x4"),
+    (rehearse.declared_topology, str(ROOT / "configs/tiny.py"), "declares no TOPOLOGY")])
+def test_mistakes_are_named(f, argument, words):
+  with pytest.raises(ValueError, match=words):
+    f(argument)
+
+
+def test_flags_and_chips():
+  assert rehearse.read_flags("--xla_a=1 --xla_b") == {"xla_a": "1", "xla_b": "true"}
+  assert rehearse.chips_in("v5p:2x4x4") == 32
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch, capsys):
+  for name in rehearse.ENVIRONMENT:
+    monkeypatch.setenv(name, rehearse.ENVIRONMENT[name])
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  assert rehearse.main(["--config=configs/tiny.py"]) == 2
+  assert ".[rehearse]" in capsys.readouterr().err
+
+
+class Lowered:
+  """Stands for jax's: counts compilations."""
+
+  def __init__(self, text, error=None):
+    self.text, self.error, self.compiled = text, error, 0
+
+  def as_text(self):
+    return self.text
+
+  def compile(self, compiler_options):
+    self.compiled += 1
+    os.write(2, b"Failed to find host bounds for accelerator type\nsomething else\n")
+    if self.error:
+      raise RuntimeError(self.error)
+    return self
+
+  def memory_analysis(self):
+    return type("Stats", (), {f"{n}_in_bytes": 1 for n in (
+        "argument_size", "output_size", "alias_size", "temp_size", "generated_code_size", "peak_memory")})
+
+
+def test_a_program_is_compiled_once(tmp_path):
+  """By its text, the flags and the topology."""
+  first, again, other = Lowered("a"), Lowered("a"), Lowered("b")
+  compile_ = lambda lowered, flags=None: rehearse.compile_cached(lowered, flags or {}, "v5e:2x2", tmp_path)
+  one, two = compile_(first), compile_(again)
+  assert (first.compiled, again.compiled) == (1, 0) and (one.cached, two.cached) == (False, True)
+  assert one.text == two.text == "a" and one.memory == two.memory
+  assert one.stderr == "something else\n", "the harmless lines are left out"
+  compile_(other), compile_(again, {"xla_a": "1"})
+  assert (other.compiled, again.compiled) == (1, 1)
+
+
+EXHAUSTED = """RESOURCE_EXHAUSTED: XX"""
+
+
+def test_what_does_not_fit_is_a_result(tmp_path):
+  made = rehearse.compile_cached(Lowered("a", EXHAUSTED), {}, "v5e:2x2", tmp_path)
+  assert made.text is None
+  said = rehearse.read_exhausted(made.error)
+  report = REPORT | said | dict(fits=False, hbm_bytes=15.75 * GIB)
+  assert f"{said['needs_bytes'] / GIB:.2f}" in render(report)
+  assert said["buffers"] and "**no**" in row("c.py", report)
+
+
+def command(*args):
+  return subprocess.run([sys.executable, "-m", "train.rehearse", *args], cwd=ROOT, capture_output=True,
+                        text=True, timeout=1200)
+
+
+@pytest.mark.slow
+@COMPILER
+def test_the_step_of_a_run_is_compiled_for_tpus(tmp_path):
+  args = ("--config=configs/tiny.py", "--topology=v5e:2x4", "--config.model.precision=bf16",
+          f"--config.data.cache_path={tmp_path}", "--json")
+  done = command(*args)
+  assert done.returncode == 0 and done.stderr == "", done.stderr
+  [report] = json.loads(done.stdout)["reports"]
+  assert report["fits"] and report["mesh"] == {"fsdp": 8} and report["flops"] > 0 < report["core_s"]
+  assert {"all-gather"} <= {t["kind"] for t in report["transfers"]}
+  assert all(t["axes"] == ["fsdp"] for t in report["transfers"])
+  assert any("model/" in b["source"] for b in report["buffers"])
+  assert json.loads(command(*args).stdout)["reports"][0]["cached"]
+  done = command(*args, "--config.batch_size=4194304")
+  assert done.returncode == 1 and not json.loads(done.stdout)["reports"][0]["fits"]
+
+
+@pytest.mark.slow
+@COMPILER
+@pytest.mark.parametrize("args, words", [
+    (["--topology=v5e:3x7"], "v5e:3x7"), (["--topology=v9:2x2"], "known: tpu7x, v4, v5e, v5p, v6e"),
+    (["--topology=v5e:2x4", "--config.mesh.tensor=3"], "mesh"),
+    (["--topology=v5e:2x4", "--xla_flags=--xla_nonsense=1"], "xla_nonsense")])
+def test_mistakes_exit_2_in_one_line(args, words):
+  done = command("--config=configs/tiny.py", *args)
+  assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -43,13 +43,14 @@ USAGE = """configuration:
 """
 
 
-def load(parser: argparse.ArgumentParser, argv: list[str] | None = None, *, checks=()):
+def load(parser: argparse.ArgumentParser, argv: list[str] | None = None, *, checks=(), elsewhere=False):
   """Reads the command line. Exits 0 after --help, --print_config, --diff; 2 after a user's mistake.
 
   Args:
     parser: holds the command's own flags; --config, --print_config and --diff are added to it.
     argv: without the program's name; None: sys.argv.
     checks: callables of the validated config that raise ValueError, e.g. a look-up of its names.
+    elsewhere: the config is of another machine, whose devices are not those of this one.
 
   Returns:
     (config, args): the validated config, and the flags with `args.overrides`, a list of "a.b=v".
@@ -70,7 +71,7 @@ def load(parser: argparse.ArgumentParser, argv: list[str] | None = None, *, chec
       raise ValueError(_unknown_flag(unknown[0], parser, config))
     override(config, overrides)
     only_shown = args.print_config or args.diff is not None  # A pod's config can be read on a laptop.
-    _validate(config, checks, None if only_shown else known_devices())
+    _validate(config, checks, None if only_shown or elsewhere else known_devices())
     if args.print_config:
       print(*_lines(config), f"hash {config_hash(config)}", sep="\n")
       parser.exit(0)

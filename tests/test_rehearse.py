@@ -97,7 +97,24 @@ def test_a_program_is_compiled_once(tmp_path):
   assert (other.compiled, again.compiled) == (1, 1)
 
 
-EXHAUSTED = """RESOURCE_EXHAUSTED: XX"""
+EXHAUSTED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 17.37G of 15.75G hbm. Exceeded hbm capacity by 1.62G.
+
+Total hbm usage >= 17.62G:
+    reserved        258.00M
+    program          17.37G
+    arguments            0B
+
+  Largest program allocations in hbm:
+
+  1. Size: 16.00G
+     Operator: op_name="jit(train_step)/sin" source_file="a.py" source_line=9
+     Shape: f32[131072,32768]{1,0:T(8,128)}
+     Unpadded size: 16.00G
+     XLA label: fusion = fusion(param.1)
+     Allocation type: HLO temp
+     ==========================
+"""
 
 
 def test_what_does_not_fit_is_a_result(tmp_path):
@@ -105,8 +122,9 @@ def test_what_does_not_fit_is_a_result(tmp_path):
   assert made.text is None
   said = rehearse.read_exhausted(made.error)
   report = REPORT | said | dict(fits=False, hbm_bytes=15.75 * GIB)
-  assert f"{said['needs_bytes'] / GIB:.2f}" in render(report)
-  assert said["buffers"] and "**no**" in row("c.py", report)
+  assert "fits: no, needs 17.37 of 15.75 GiB" in render(report)
+  assert "16.00 GiB  1 x f32[131072,32768]" in render(report)
+  assert "**no**: needs 17.37 of 15.75 GiB" in row("c.py", report)
 
 
 def command(*args):

@@ -71,7 +71,7 @@ def main(argv=None) -> int:
   parser.add_argument("--slices", type=int, help="mesh.slices, for short")
   parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
   parser.add_argument("--all", action="store_true", help="every config that declares a topology")
-  cfg, args = load(parser, argv)
+  cfg, args = load(parser, argv, elsewhere=True)
   from train.rehearsals import render, render_side_by_side
   try:
     if args.slices is not None:

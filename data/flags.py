@@ -71,6 +71,7 @@ def load(parser: argparse.ArgumentParser, argv: list[str] | None = None, *, chec
       raise ValueError(_unknown_flag(unknown[0], parser, config))
     override(config, overrides)
     only_shown = args.print_config or args.diff is not None  # A pod's config can be read on a laptop.
+    elsewhere = elsewhere or getattr(args, "dry_run", False)
     _validate(config, checks, None if only_shown or elsewhere else known_devices())
     if args.print_config:
       print(*_lines(config), f"hash {config_hash(config)}", sep="\n")

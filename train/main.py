@@ -21,6 +21,7 @@ EPILOG = """examples:
   python -m train.main --config=configs/quickstart.py                        train; run it again to go on
   python -m train.main --config=configs/quickstart.py --config.optim.lr=1e-3 change a setting
   python -m train.main --config=configs/quickstart.py --print_config         see every setting
+  python -m train.main --config=configs/dense_8b.py --dry_run --chip=v5e --n=256   does it fit? how fast?
   JAX_NUM_CPU_DEVICES=8 JAX_PLATFORMS=cpu python -m train.main --config=configs/tiny.py --config.mesh.tensor=2
 """
 
@@ -33,6 +34,11 @@ def parse(argv=None):
                       help="let a resumed run change this setting, though it changes the numbers; repeatable")
   parser.add_argument("--profile", action="store_true",
                       help="trace a few steps: DIR/profile and a table of the top operations")
+  parser.add_argument("--dry_run", action="store_true",
+                      help="train nothing: print memory, speed and cost on --n devices of --chip")
+  parser.add_argument("--chip", help="with --dry_run: v5e, v5p, ...: a row of python -m train.chips")
+  parser.add_argument("--n", type=int, help="with --dry_run: devices; default: what the mesh has")
+  parser.add_argument("--price_per_chip_hour", type=float, help="with --dry_run, in any currency")
   return load(parser, argv, checks=(_find_names,))
 
 
@@ -121,8 +127,20 @@ def check_shared(workdir, clock):
                      "hosts see")
 
 
+def dry_run(cfg, args) -> int:
+  from train.dry_run import describe
+  try:
+    print(describe(cfg, args.chip, args.n, args.price_per_chip_hour, args.config))
+  except ValueError as e:
+    print(f"train.main: error: {e}", file=sys.stderr)
+    return 2
+  return 0
+
+
 def main(argv=None) -> int:
   cfg, args = parse(argv)
+  if args.dry_run:
+    return dry_run(cfg, args)
   from train.host import Stopwatch, is_cpu_host, keep_memory, process_age, start_distributed
   from train.together import Apart, Watch
   clock = Stopwatch("imports", process_age())

@@ -1,11 +1,12 @@
-"""What a train step holds in the memory of one device, by arithmetic: nothing is compiled, no device is needed.
+"""What a train step holds in the memory of one device, by arithmetic: nothing is compiled, no device needed.
 
-Its arguments are there all the time: parameters, optimizer state, a batch. What comes and goes between them is
+Its arguments are there all the time: parameters, optimizer state, a batch. What comes and goes besides is
 largest at one of three moments: in the loss, in the backward pass through a layer, or when all gradients are
 there. What is counted at each is what XLA:TPU was seen to hold there; tests/test_memory.py compares the two.
 """
 import collections
 import dataclasses
+import itertools
 import math
 import typing
 
@@ -72,14 +73,19 @@ class _Leaf(typing.NamedTuple):
 
   @property
   def padded(self) -> int:
-    """Bytes in a TPU's memory: rows of 128, in tiles of up to 8 (one dim: of 1,024 numbers)."""
-    *rest, last = self.local or (1,)
-    last = -(-last // LANES) * LANES
-    if not rest:
-      return (-(-last // 1024) * 1024 if last > 1024 else last) * self.itemsize
-    *rest, rows = rest
-    tile = min(8, 2 ** math.ceil(math.log2(rows)))
-    return math.prod(rest) * -(-rows // tile) * tile * last * self.itemsize
+    """Bytes in a TPU's memory: one dim fills rows of 128, another tiles of up to 8 rows. Of the ways to lay
+    the dims out, the one that wastes least."""
+    if len(self.local) < 2:
+      size = _up(self.local[0] if self.local else 1, LANES)
+      return (_up(size, 1024) if size > 1024 else size) * self.itemsize
+    rows = lambda d: _up(d, min(8, 2 ** math.ceil(math.log2(d))))
+    size = math.prod(self.local)
+    return self.itemsize * min(size // (d * r) * _up(d, LANES) * rows(r)
+                               for d, r in itertools.permutations(self.local, 2))
+
+
+def _up(value, step):
+  return -(-value // step) * step
 
 
 _PARTS = {"params": "parameters", "opt_state": "optimizer state", "ema": "moving average"}
@@ -135,6 +141,10 @@ class _Local:
 
   def ways(self, rule):
     return math.prod(self.sizes[axis] for axis in getattr(self.model.rules, rule))
+
+  def finer(self, rule):
+    """How much finer "embed" is split by another rule."""
+    return self.ways(rule) / self.ways("embed")
 
   @property
   def pairs(self):
@@ -195,7 +205,7 @@ def _is_matrix(leaf):
 def _moments(cfg, local):
   m, c = local.model, local.c
   size = lambda leaves: sum(math.prod(leaf.local) * leaf.itemsize for leaf in leaves)
-  tables = [leaf for leaf in local.params if leaf not in local.blocks]
+  whole = 4 * sum(math.prod(leaf.local) for leaf in local.params)
   cast = [leaf for leaf in local.blocks if _is_matrix(leaf) and leaf.itemsize != c]
   V = m.padded_vocab_size / local.ways("vocab")
   chunk = min(cfg.loss_chunk, local.tokens * local.micro * local.ways("length") / local.ways("loss_length"))
@@ -204,7 +214,7 @@ def _moments(cfg, local):
     "layers in the compute dtype": sum(math.prod(leaf.local) for leaf in cast) * c,
     "saved activations": local.layers / m.pipeline_repeats * steps * local.saved(),
     "pipeline buffers": (3 * local.micro + 2) * local.x if local.stages > 1 else 0,
-    "sum of gradients": sum(math.prod(leaf.local) for leaf in local.params) * 4 if cfg.accum_steps > 1 else 0,
+    "sum of gradients": whole / local.finer("gradient") if cfg.accum_steps > 1 else 0,
     "gradient of the head": m.d_model * V * 4,
   }
   loss = {
@@ -221,6 +231,6 @@ def _moments(cfg, local):
     "one layer's activations": max(work - VMEM, 0),
     "one layer's weights": 4 / 3 * ffn + attention if split else 2 / 3 * ffn,
   }
-  update = {"gradients": sum(math.prod(leaf.local) for leaf in local.params) * 4,
+  update = {"gradients": whole,
             "sum of gradients": every["sum of gradients"]}
   return {"loss": every | loss, "backward": every | backward, "update": update}

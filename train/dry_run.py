@@ -7,12 +7,13 @@ import collections
 import copy
 import itertools
 import math
+import os
 import typing
 
 from data.flags import nearest, override
 from model.config import PRECISION
 from model.sharding import MESH_AXES, mesh_shape
-from train.chips import CHIP, GIB, Chip, get_chip
+from train.chips import CHIP, GIB, Chip, find_chip, get_chip, measure_copy
 from train.memory import Memory, estimate_memory
 from train.metrics import MFU_CONVENTION
 from train.roofline import Estimate, estimate_step
@@ -137,10 +138,69 @@ def _flag(text):
   return f'--config.{name}="{value}"' if set(value) & set("(' ") else f"--config.{name}={value}"
 
 
+# Of a run that is about to start.
+
+class Forecast:
+  """What a run is expected to need, said at its start, and at its end beside what was measured."""
+
+  def __init__(self, cfg, devices, flops: float | None, state):
+    """
+    Args:
+      devices: jax.devices().
+      flops: the peak of all of them together; None: unknown.
+      state: of abstract_state.
+    """
+    self._cfg, self._n, self._kind = cfg, len(devices), devices[0].device_kind
+    self._outlook, self._why_not = None, f"{self._kind!r} is not in train.chips.CHIP"
+    chip = find_chip(self._kind)
+    if devices[0].platform == "cpu":
+      chip = _share_of_cpu(flops / self._n, len({d.process_index for d in devices}) / self._n)
+    if chip is None:
+      return
+    try:
+      memory = estimate_memory(cfg, self._n, state)
+      self._outlook = Outlook(memory, estimate_step(cfg, chip, self._n))
+    except ValueError as e:  # Such a number of these devices is not in the table: the run goes on.
+      self._why_not = str(e)
+
+  def describe(self) -> str:
+    if self._outlook is None:
+      return f"expected: unknown, as {self._why_not}"
+    memory, step = self._outlook
+    return (f"expected of {self._n} x {self._kind} (modelled): {memory.peak / GIB:.2f} GiB a device at most, "
+            f"{_seconds(step.step_s)} a step, {_number(step.tokens_per_s)}tokens/s, MFU {step.mfu:.1%}, "
+            f"{_seconds(step.step_s * self._cfg.steps)} in all")
+
+  def compare(self, lines: list[dict], compiled: float, measured: str) -> str | None:
+    """
+    Args:
+      lines: of train.metrics.read_metrics.
+      compiled: bytes a device by the compiler.
+      measured: the peak, in words.
+    """
+    times = sorted(line["step_ms"] for line in lines if "step_ms" in line)
+    if self._outlook is None or not times:
+      return None
+    memory, step = self._outlook
+    real = times[len(times) // 2] / 1e3
+    return (f"expected and measured: step {_seconds(step.step_s)} and {_seconds(real)} (x "
+            f"{real / step.step_s:.2f}); memory {memory.peak / GIB:.2f} GiB a device, by the compiler "
+            f"{compiled / GIB:.2f}, measured {measured}")
+
+
+def _share_of_cpu(flops, share) -> Chip:
+  """One of the devices that this machine pretends to be."""
+  bandwidth = share * measure_copy(0.1, 2**26)
+  memory = share * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return Chip(
+    kinds=("cpu",), flops={"float32": flops, "bfloat16": flops}, hbm_bytes=memory, hbm_bandwidth=bandwidth,
+    link_bandwidth=bandwidth / 2, dims=0, domain=2**20, dcn_bandwidth=bandwidth / 2, mxu=1, source="measured")
+
+
 # What makes it fit.
 
 def find_fixes(cfg, chip: Chip, n: int) -> list[Fix]:
-  """Of the changes that make the run fit the N_FIXES fastest a token, of each kind one. Single ones and pairs;
+  """Of the changes that make the run fit the N_FIXES fastest a token, of each kind one: single ones and pairs;
   where these are too few the strongest three together, others of the same kinds, a smaller batch."""
   kinds = {kind: changes for kind, changes in _changes(cfg, n).items() if changes}
   singles = [(kind, change) for kind, changes in kinds.items() for change in changes]

@@ -18,11 +18,12 @@ from infer.load import keep_tokenizer
 from model.kernels.platform import platform
 from model.sharding import fit, make_mesh
 from train.checkpoint import Checkpointer, Refused, refuse_changes
+from train.dry_run import Forecast
 from train.evaluate import Evaluation
 from train.feed import Feed
 from train.host import StopSignal, Stopwatch, peak_memory
 from train.log import StepLog
-from train.metrics import MetricsWriter, Progress, peak_flops
+from train.metrics import MetricsWriter, Progress, peak_flops, read_metrics
 from train.profile import StepTrace
 from train.step import abstract_state, init_state, make_eval_step, make_train_step
 from train.together import agree
@@ -84,6 +85,8 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
     at_exit.callback(cache.close)
     at_exit.callback(checkpoints.wait)  # A save that is under way is finished whatever happens here.
     graphdef, abstract = abstract_state(cfg, mesh)
+    forecast = Forecast(cfg, jax.devices(), peak[0], abstract)
+    progress.note(forecast.describe())
     with clock.within("restoring"):
       state, tokens = _restore(checkpoints, abstract, meta, allowed, writer, progress)
     if jax.process_index() == 0:
@@ -147,6 +150,8 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
     with clock.within("saving"):
       checkpoints.wait()
     progress.note(f"memory: {peak_memory()} at most")
+    if compared := forecast.compare(read_metrics(writer.path), _bytes(step_fn), peak_memory()):
+      progress.note(compared)
     progress.note(clock.describe())
   return 0
 
@@ -221,15 +226,18 @@ def _compile(cfg, run, graphdef, abstract, feed, state):
       step_fn, eval_fn = step_fn.result(), eval_fn.result()
   note(f"compile: {time.perf_counter() - start:.1f} s, {cache.describe()}")
   cache.settle(["train_step", "eval_step"], is_late=lambda: clock.phase != "saving")  # That slices shards.
-  memory = step_fn.memory_analysis()
-  total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30
-  note(f"memory: the step needs {total:.2f} GiB a device, by the compiler")
+  note(f"memory: the step needs {_bytes(step_fn) / 2**30:.2f} GiB a device, by the compiler")
   return step_fn, eval_fn, state
 
 
 def _describe_kernels(model):
   experts = f", experts {model.grouped_impl}" if model.ffn == "moe" and model.dispatch == "dropless" else ""
   return f"kernels on {platform()}: attention {model.attention_impl}{experts}"
+
+
+def _bytes(step_fn):
+  memory = step_fn.memory_analysis()
+  return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _describe_dtypes(cfg, abstract):

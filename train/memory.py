@@ -45,13 +45,14 @@ class Memory:
     return sum(self.terms.values())
 
 
-def estimate_memory(cfg, n: int) -> Memory:
+def estimate_memory(cfg, n: int, state=None) -> Memory:
   """
   Args:
     cfg: a TrainConfig that was validated for `n` devices.
+    state: of `abstract_state` on their mesh, where it is at hand.
   """
   sizes = dict(zip(MESH_AXES, mesh_shape({a: getattr(cfg.mesh, a) for a in MESH_AXES}, n)))
-  leaves = _state(cfg, sizes)
+  leaves = _state(cfg, sizes, state)
   local = _Local(cfg, sizes, leaves)
   held = collections.Counter()
   for leaf in leaves:
@@ -92,13 +93,14 @@ _PARTS = {"params": "parameters", "opt_state": "optimizer state", "ema": "moving
 _TREES = {}  # Of each model and optimizer, once: (part, path, shape, itemsize, spec) of every array.
 
 
-def _state(cfg, sizes):
+def _state(cfg, sizes, state):
   """Every array of the train state. Where its dims live does not depend on the sizes of the mesh's axes, so
   it is asked once for all of them."""
   model = dataclasses.replace(fit(cfg.model, abstract_mesh(**sizes)), remat="full", unroll=1)
   key = repr((model, cfg.optim, sizes["stage"]))
   if key not in _TREES:
-    _, state = abstract_state(dataclasses.replace(cfg, model=model), abstract_mesh(stage=sizes["stage"]))
+    if state is None:
+      _, state = abstract_state(dataclasses.replace(cfg, model=model), abstract_mesh(stage=sizes["stage"]))
     _TREES[key] = [
         (_PARTS.get(path[0].name, "counters"), tuple(str(getattr(p, "key", p)) for p in path[1:]), a.shape,
          a.dtype.itemsize, tuple(a.sharding.spec) + (None,) * (len(a.shape) - len(a.sharding.spec)))
@@ -184,7 +186,8 @@ class _Local:
     hidden = 2 * self.h if m.ffn != "moe" else self.tokens * m.n_experts * 4
     if m.remat == "dots":
       return self.x + self.q + 2 * self.kv + flat + hidden
-    return 4 * self.x * 4 / c + 5 * flat + 2 * self.q + 2 * self.kv + 6 * self.h  # none.
+    pairs = 2 * self.pairs * m.d_model * c + 2 * flat if m.ffn == "moe" else 0
+    return 4 * self.x * 4 / c + 2 * flat + 3 * self.q + 2 * self.kv + 6 * self.h + pairs  # none.
 
   def attention(self):
     """Of one layer's backward pass."""

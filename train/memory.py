@@ -45,11 +45,13 @@ class Memory:
     return sum(self.terms.values())
 
 
-def estimate_memory(cfg, n: int, state=None) -> Memory:
+def estimate_memory(cfg, n: int, state=None, *, hoists: bool = True) -> Memory:
   """
   Args:
     cfg: a TrainConfig that was validated for `n` devices.
     state: of `abstract_state` on their mesh, where it is at hand.
+    hoists: the compiler casts the weights of all layers before it loops over them, as XLA does at its usual
+      effort. At its least it does not, but copies wq, wk and wv.
   """
   sizes = dict(zip(MESH_AXES, mesh_shape({a: getattr(cfg.mesh, a) for a in MESH_AXES}, n)))
   leaves = _state(cfg, sizes, state)
@@ -59,7 +61,7 @@ def estimate_memory(cfg, n: int, state=None) -> Memory:
     held[leaf.part] += leaf.padded
   held["batch"] = BATCH * 4 * cfg.batch_size // local.ways("batch") * cfg.seq_len
   whole = sum(math.prod(leaf.shape) * leaf.itemsize for leaf in leaves)
-  return Memory(dict(held), _moments(cfg, local), whole, cache_bytes(cfg.model, cfg.seq_len))
+  return Memory(dict(held), _moments(cfg, local, hoists), whole, cache_bytes(cfg.model, cfg.seq_len))
 
 
 # The arguments.
@@ -205,16 +207,19 @@ def _is_matrix(leaf):
   return len(leaf.shape) > 2 and leaf.path[-1] != "w_router" and not leaf.path[-1].endswith("bias")
 
 
-def _moments(cfg, local):
+def _moments(cfg, local, hoists):
   m, c = local.model, local.c
   size = lambda leaves: sum(math.prod(leaf.local) * leaf.itemsize for leaf in leaves)
   whole = 4 * sum(math.prod(leaf.local) for leaf in local.params)
   cast = [leaf for leaf in local.blocks if _is_matrix(leaf) and leaf.itemsize != c]
+  if not hoists:
+    cast = [leaf for leaf in cast if leaf.path[-1] in ("wq", "wk", "wv") or m.remat == "none"]
   V = m.padded_vocab_size / local.ways("vocab")
   chunk = min(cfg.loss_chunk, local.tokens * local.micro * local.ways("length") / local.ways("loss_length"))
   steps = local.micro * m.pipeline_repeats + local.stages - 1 if local.stages > 1 else 1
   every = {
-    "layers in the compute dtype": sum(math.prod(leaf.local) for leaf in cast) * c,
+    "copies of the layers": sum(math.prod(leaf.local) for leaf in cast) * (
+      c if hoists or m.remat == "none" else 4),
     "saved activations": local.layers / m.pipeline_repeats * steps * local.saved(),
     "pipeline buffers": (3 * local.micro + 2) * local.x if local.stages > 1 else 0,
     "sum of gradients": whole / local.finer("gradient") if cfg.accum_steps > 1 else 0,
@@ -228,7 +233,8 @@ def _moments(cfg, local):
   ffn, attention = (local.weights(word, gathered=True) for word in ("ffn", "attention"))
   split = local.ways("embed") > 1
   rows = 4 * local.pairs * m.d_model * c if m.ffn == "moe" else 0
-  work = local.attention() + 4 * local.x + 4 * local.h + rows
+  hidden = 2 if m.remat in ("none", "dots") else 4  # What is not computed again is read where it was saved.
+  work = local.attention() + 4 * local.x + hidden * local.h + rows
   backward = {
     "gradients": size(local.blocks),
     "one layer's activations": max(work - VMEM, 0),

@@ -36,7 +36,7 @@ class Fix(typing.NamedTuple):
 
 
 def look_ahead(cfg, chip: Chip, n: int) -> Outlook:
-  return Outlook(estimate_memory(cfg, n), estimate_step(cfg, chip, n))
+  return Outlook(estimate_memory(cfg, n, on=chip.platform), estimate_step(cfg, chip, n))
 
 
 def fits(memory: Memory, chip: Chip) -> bool:
@@ -158,7 +158,7 @@ class Forecast:
     if chip is None:
       return
     try:
-      memory = estimate_memory(cfg, self._n, state)
+      memory = estimate_memory(cfg, self._n, state, on=chip.platform)
       self._outlook = Outlook(memory, estimate_step(cfg, chip, self._n))
     except ValueError as e:  # Such a number of these devices is not in the table: the run goes on.
       self._why_not = str(e)
@@ -200,33 +200,33 @@ def _share_of_cpu(flops, share) -> Chip:
 # What makes it fit.
 
 def find_fixes(cfg, chip: Chip, n: int) -> list[Fix]:
-  """Of the changes that make the run fit the N_FIXES fastest a token, of each kind one: single ones and pairs;
-  where these are too few the strongest three together, others of the same kinds, a smaller batch."""
+  """Of the changes that make the run fit the N_FIXES fastest, of each kind one: single ones and pairs;
+  where these are too few, three together, others of the same kinds, a smaller batch."""
   kinds = {kind: changes for kind, changes in _changes(cfg, n).items() if changes}
   singles = [(kind, change) for kind, changes in kinds.items() for change in changes]
-  strongest = [(kind, changes[-1]) for kind, changes in kinds.items()]
+  strongest = [changes[-1] for kind, changes in kinds.items() if kind in ("remat", "rules")]
   best, others = {}, []  # Kinds of changes -> the fastest fix.
-  for size, pool in ((1, singles), (2, singles), (3, strongest)):
-    if size == 3 and len(best) >= N_FIXES:
+  for size in (1, 2, 3):
+    if size == 3 and len(best) + len(others) >= N_FIXES:
       break
-    for combination in itertools.combinations(pool, size):
+    for combination in itertools.combinations(singles, size):
       names = frozenset(kind for kind, _ in combination)
       overrides = {text for _, texts in combination for text in texts}
       less = any(set(fix.overrides) <= overrides for fix in (*best.values(), *others))
       if len(names) < size or less:
         continue
       if fix := _try(cfg, chip, n, [text for _, texts in combination for text in texts]):
-        slower, best[names] = sorted((best.get(names, fix), fix), key=_speed)
-        others += [slower] if slower is not best[names] else []
-  fixes = sorted(best.values(), key=_speed, reverse=True)
-  fixes += sorted(others, key=_speed, reverse=True)
+        best[names], *slower = sorted((*filter(None, [best.get(names)]), fix), key=_speed, reverse=True)
+        others += slower
+  fixes = sorted(best.values(), key=_speed, reverse=True) + sorted(others, key=_speed, reverse=True)
+  fixes = sorted(fixes[:N_FIXES], key=_speed, reverse=True)
   batch = cfg.batch_size
   while len(fixes) < N_FIXES and batch > 1:
     batch //= 2
-    for more in ((), *(changes for kind, changes in strongest if kind in ("remat", "rules"))):
+    for more in ((), *strongest):
       if fix := _try(cfg, chip, n, [*more, f"batch_size={batch}"]):
         return [*fixes, fix]
-  return fixes[:N_FIXES]
+  return fixes
 
 
 def _speed(fix):
@@ -265,7 +265,8 @@ def _changes(cfg, n) -> dict[str, list[tuple[str, ...]]]:
     kinds["mesh"].append(("mesh.data=1", f"mesh.fsdp={sizes['fsdp'] * sizes['data']}"))
   for axis, k in itertools.product(("tensor", "seq"), (2, 4, 8)):
     if sizes["fsdp"] % k == 0:
-      kinds["mesh"].append((f"mesh.fsdp={sizes['fsdp'] // k}", f"mesh.{axis}={sizes[axis] * k}"))
+      more = ("model.context=ulysses",) if axis == "seq" and m.context == "gather" else ()
+      kinds["mesh"].append((f"mesh.fsdp={sizes['fsdp'] // k}", f"mesh.{axis}={sizes[axis] * k}", *more))
   if m.param_dtype == "float32" and PRECISION["pure_bf16"] != (m.param_dtype, m.compute_dtype):
     kinds["precision"] = [("model.param_dtype=bfloat16",)]
   return kinds

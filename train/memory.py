@@ -45,17 +45,19 @@ class Memory:
     return sum(self.terms.values())
 
 
-def estimate_memory(cfg, n: int, state=None, *, hoists: bool = True) -> Memory:
+def estimate_memory(cfg, n: int, state=None, *, on: str = "tpu", hoists: bool = True) -> Memory:
   """
   Args:
     cfg: a TrainConfig that was validated for `n` devices.
     state: of `abstract_state` on their mesh, where it is at hand.
+    on: cpu | gpu | tpu, where a kernel is chosen by that.
     hoists: the compiler casts the weights of all layers before it loops over them, as XLA does at its usual
       effort. At its least it does not, but copies wq, wk and wv.
   """
   sizes = dict(zip(MESH_AXES, mesh_shape({a: getattr(cfg.mesh, a) for a in MESH_AXES}, n)))
-  leaves = _state(cfg, sizes, state)
-  local = _Local(cfg, sizes, leaves)
+  model = fit(cfg.model, abstract_mesh(on=on, **sizes))
+  leaves = _state(cfg, model, sizes, state)
+  local = _Local(cfg, model, sizes, leaves)
   held = collections.Counter()
   for leaf in leaves:
     held[leaf.part] += leaf.padded
@@ -95,10 +97,11 @@ _PARTS = {"params": "parameters", "opt_state": "optimizer state", "ema": "moving
 _TREES = {}  # Of each model and optimizer, once: (part, path, shape, itemsize, spec) of every array.
 
 
-def _state(cfg, sizes, state):
+def _state(cfg, model, sizes, state):
   """Every array of the train state. Where its dims live does not depend on the sizes of the mesh's axes, so
   it is asked once for all of them."""
-  model = dataclasses.replace(fit(cfg.model, abstract_mesh(**sizes)), remat="full", unroll=1)
+  model = dataclasses.replace(  # Nothing that only the forward pass reads.
+      model, remat="full", unroll=1, attention_impl="plain", grouped_impl="ragged_dot")
   key = repr((model, cfg.optim, sizes["stage"]))
   if key not in _TREES:
     if state is None:
@@ -126,8 +129,8 @@ class _Local:
       of the feed-forward.
   """
 
-  def __init__(self, cfg, sizes, leaves):
-    m = fit(cfg.model, abstract_mesh(**sizes))
+  def __init__(self, cfg, model, sizes, leaves):
+    m = model
     self.cfg, self.model, self.sizes = cfg, m, sizes
     self.c = jnp.dtype(m.compute_dtype).itemsize
     self.stages = self.ways("layers")
@@ -222,7 +225,9 @@ def _moments(cfg, local, hoists):
       c if hoists or m.remat == "none" else 4),
     "saved activations": local.layers / m.pipeline_repeats * steps * local.saved(),
     "pipeline buffers": (3 * local.micro + 2) * local.x if local.stages > 1 else 0,
-    "sum of gradients": whole / local.finer("gradient") if cfg.accum_steps > 1 else 0,
+    # Over micro-batches, and over the visits of a stage.
+    "sum of gradients": (whole / local.finer("gradient") * (cfg.accum_steps > 1)
+                         + size(local.blocks) * (local.stages > 1)),
     "gradient of the head": m.d_model * V * 4,
   }
   loss = {

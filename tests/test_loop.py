@@ -88,6 +88,8 @@ def test_nothing_compiles_once_the_steps_have_begun(cache, tmp_path, monkeypatch
     said = capsys.readouterr()
     assert compiled == [] and "WARNING" not in said.out + said.err
     assert re.search(r"^compile: [\d.]+ s, .*\btrain_step [\d.]+ s", said.out, re.M)
+    assert re.search(r"^expected of 8 x cpu \(modelled\): [\d.]+ GiB a device", said.out, re.M)
+    assert re.search(r"^measured: step .* by the compiler .*; expected: step ", said.out, re.M)
     assert re.search(r"^first step after [\d.]+ s: .*\btracing [\d.]+, initialising [\d.]+", said.out, re.M)
     jax.jit(lambda x: x * 3.5)(jnp.ones(3))
     assert compiled, "the count counts"

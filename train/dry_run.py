@@ -143,35 +143,32 @@ def _flag(text):
 class Forecast:
   """What a run is expected to need, said at its start, and at its end beside what was measured."""
 
-  def __init__(self, cfg, devices, flops: float | None, state):
+  def __init__(self, cfg, devices, flops: float | None):
     """
     Args:
       devices: jax.devices().
       flops: the peak of all of them together; None: unknown.
-      state: of abstract_state.
     """
     self._cfg, self._n, self._kind = cfg, len(devices), devices[0].device_kind
-    self._outlook, self._why_not = None, f"{self._kind!r} is not in train.chips.CHIP"
-    chip = find_chip(self._kind)
+    self._chip, self._outlook = find_chip(self._kind), None
     if devices[0].platform == "cpu":
-      chip = _share_of_cpu(flops / self._n, len({d.process_index for d in devices}) / self._n)
-    if chip is None:
-      return
-    try:
-      memory = estimate_memory(cfg, self._n, state, on=chip.platform)
-      self._outlook = Outlook(memory, estimate_step(cfg, chip, self._n))
-    except ValueError as e:  # Such a number of these devices is not in the table: the run goes on.
-      self._why_not = str(e)
+      self._chip = _share_of_cpu(flops / self._n, len({d.process_index for d in devices}) / self._n)
 
-  def describe(self) -> str:
-    if self._outlook is None:
-      return f"expected: unknown, as {self._why_not}"
-    memory, step = self._outlook
+  def describe(self, state) -> str:
+    """`state` is of abstract_state."""
+    if self._chip is None:
+      return f"expected: unknown, as {self._kind!r} is not in train.chips.CHIP"
+    try:
+      memory = estimate_memory(self._cfg, self._n, state, on=self._chip.platform)
+      step = estimate_step(self._cfg, self._chip, self._n)
+    except ValueError as e:  # Such a number of these devices is not in the table: the run goes on.
+      return f"expected: unknown, as {e}"
+    self._outlook = Outlook(memory, step)
     return (f"expected of {self._n} x {self._kind} (modelled): {memory.peak / GIB:.2f} GiB a device at most, "
             f"{_seconds(step.step_s)} a step, {_number(step.tokens_per_s)}tokens/s, MFU {step.mfu:.1%}, "
             f"{_seconds(step.step_s * self._cfg.steps)} in all")
 
-  def compare(self, lines: list[dict], compiled: float, measured: str) -> str | None:
+  def compare(self, lines: list[dict], compiled: float, measured: str) -> str:
     """
     Args:
       lines: of train.metrics.read_metrics.
@@ -179,13 +176,14 @@ class Forecast:
       measured: the peak, in words.
     """
     times = sorted(line["step_ms"] for line in lines if "step_ms" in line)
-    if self._outlook is None or not times:
-      return None
+    real = times[len(times) // 2] / 1e3 if times else math.nan
+    found = (f"measured: step {_seconds(real)}; memory {measured}, by the compiler {compiled / GIB:.2f} GiB "
+             "a device")
+    if self._outlook is None:
+      return found
     memory, step = self._outlook
-    real = times[len(times) // 2] / 1e3
-    return (f"expected and measured: step {_seconds(step.step_s)} and {_seconds(real)} (x "
-            f"{real / step.step_s:.2f}); memory {memory.peak / GIB:.2f} GiB a device, by the compiler "
-            f"{compiled / GIB:.2f}, measured {measured}")
+    return (f"{found}; expected: step {_seconds(step.step_s)} (x {real / step.step_s:.2f}), memory "
+            f"{memory.peak / GIB:.2f} GiB a device")
 
 
 def _share_of_cpu(flops, share) -> Chip:

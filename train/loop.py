@@ -74,7 +74,7 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
     Refused, train.log.TooManySkips, model.hub.orbax.CheckpointError, OSError: by name. Others are bugs.
   """
   workdir, (mesh, prepared, rows, progress, cache, clock, peak) = pathlib.Path(workdir), run
-  feed = Feed(cfg, mesh)
+  feed, forecast = Feed(cfg, mesh), Forecast(cfg, jax.devices(), peak[0])
   evaluation = Evaluation(cfg, prepared, feed, clock)
   meta = {"config": as_json(cfg), "data": prepared.content_hash, "git": git_state(),
           "versions": versions(["jax", "flax", "orbax-checkpoint"])}
@@ -85,8 +85,7 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
     at_exit.callback(cache.close)
     at_exit.callback(checkpoints.wait)  # A save that is under way is finished whatever happens here.
     graphdef, abstract = abstract_state(cfg, mesh)
-    forecast = Forecast(cfg, jax.devices(), peak[0], abstract)
-    progress.note(forecast.describe())
+    progress.note(forecast.describe(abstract))
     with clock.within("restoring"):
       state, tokens = _restore(checkpoints, abstract, meta, allowed, writer, progress)
     if jax.process_index() == 0:
@@ -150,8 +149,8 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
     with clock.within("saving"):
       checkpoints.wait()
     progress.note(f"memory: {peak_memory()} at most")
-    if compared := forecast.compare(read_metrics(writer.path), _bytes(step_fn), peak_memory()):
-      progress.note(compared)
+    if jax.process_index() == 0:
+      progress.note(forecast.compare(read_metrics(writer.path), _bytes(step_fn), peak_memory()))
     progress.note(clock.describe())
   return 0
 

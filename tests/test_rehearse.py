@@ -117,14 +117,20 @@ Total hbm usage >= 17.62G:
 """
 
 
+BEFORE_LAYOUT = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+                 "temporaries (48.49G) exceeds available HBM (15.75G).")
+
+
 def test_what_does_not_fit_is_a_result(tmp_path):
   made = rehearse.compile_cached(Lowered("a", EXHAUSTED), {}, "v5e:2x2", tmp_path)
   assert made.text is None
   said = rehearse.read_exhausted(made.error)
   report = REPORT | said | dict(fits=False, hbm_bytes=15.75 * GIB)
-  assert "fits: no, needs 17.37 of 15.75 GiB" in render(report)
+  assert "fits: no, needs at least 17.37 of 15.75 GiB" in render(report)
   assert "16.00 GiB  1 x f32[131072,32768]" in render(report)
-  assert "**no**: needs 17.37 of 15.75 GiB" in row("c.py", report)
+  assert "**no**: needs at least 17.37 of 15.75 GiB" in row("c.py", report)
+  report = REPORT | rehearse.read_exhausted(BEFORE_LAYOUT) | dict(fits=False)
+  assert "needs at least 48.49 of" in render(report)
 
 
 def command(*args):

@@ -285,7 +285,10 @@ class Collective:
     return out if self.kind.startswith("collective") else whole * (n - 1) / n
 
   def axes(self, mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """The axes of the mesh along which the devices of a group differ."""
+    """The axes of the mesh along which the devices of a group differ; ("?",) where the ids are not places in
+    it."""
+    if self.groups.max() >= math.prod(mesh_shape.values()):
+      return ("?",)
     places = np.stack(np.unravel_index(self.groups, tuple(mesh_shape.values())), axis=-1)
     differ = (places != places[:, :1]).any(axis=(0, 1))
     return tuple(axis for axis, d in zip(mesh_shape, differ) if d)

@@ -59,7 +59,7 @@ def _fits(r):
     peak = r["memory"]["peak_memory"]
     return (f"fits: yes, {_gib(peak)} of {_gib(r['hbm_bytes'])} GiB on each of {r['chips']} chips "
             f"({r['what']})")
-  needs = f"needs {_gib(r['needs_bytes'])} of" if r.get("needs_bytes") else "needs more than"
+  needs = f"needs at least {_gib(r['needs_bytes'])} of" if r.get("needs_bytes") else "needs more than"
   why = r["error"].splitlines()[0]
   return f"fits: no, {needs} {_gib(r['hbm_bytes'])} GiB on each of {r['chips']} chips: {why}"
 
@@ -157,7 +157,9 @@ def write_all(path, timeout_s: float = 3600.0) -> int:
 
 def row(config: str, r: dict) -> str:
   if not r["fits"]:
-    needs = f"needs {_gib(r['needs_bytes'])} of {_gib(r['hbm_bytes'])} GiB" if r.get("needs_bytes") else "no"
+    needs = "no"
+    if r.get("needs_bytes"):
+      needs = f"needs at least {_gib(r['needs_bytes'])} of {_gib(r['hbm_bytes'])} GiB"
     return f"| {config} | {r['topology']} | **no**: {needs} |" + " |" * 8 + f" {r['compile_s']:.0f} |"
   sent = sum(t["wire_bytes"] for t in r["transfers"]) / GB
   m = r["memory"]

@@ -305,7 +305,8 @@ def read_exhausted(error: str) -> dict:
   size = r"([\d.]+)([KMGT]?)"
   unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   bytes_of = lambda number, letter: float(number) * unit[letter]
-  used = re.search(rf"Used {size}B? of {size}B? hbm", error)
+  used = (re.search(rf"Used {size}B? of {size}B? hbm", error)
+          or re.search(rf"required for HLO temporaries \({size}B?\) exceeds", error))
   buffers = [
       {"bytes": bytes_of(m[1], m[2]), "shape": (re.search(r"Shape: (\w+\[[\d,]*\])", m[3]) or ["", ""])[1],
        "op_name": (re.search(r'op_name="([^"]*)"', m[3]) or ["", ""])[1], "source": "", "op": ""}

@@ -179,7 +179,7 @@ def find_target(cfg, topology: str) -> Target:
 @contextlib.contextmanager
 def quiet():
   """Yields a function that returns what was written to stderr since, by C++ too; libtpu's harmless lines are
-  left out. After an error it is shown."""
+  left out."""
   sys.stderr.flush()
   saved, file = os.dup(2), tempfile.TemporaryFile("w+b")  # noqa: SIM115
   text = lambda: "".join(line for line in _lines(file) if not any(word in line for word in HARMLESS))
@@ -229,7 +229,7 @@ def compile_cached(lowered, flags: dict, topology: str, folder: pathlib.Path) ->
       if "RESOURCE_EXHAUSTED" not in str(e):
         if "No such compile option" in str(e) or "INVALID_ARGUMENT" in str(e):
           raise ValueError(f"the compiler refuses: {str(e)[:300]}") from None
-        raise
+        raise RuntimeError(f"{e}\n{said()}") from e
       text, error, memory = None, str(e), {}
     stderr = said()
   compiled = Compiled(text, error, memory, stderr[-20_000:], time.perf_counter() - started,

@@ -259,7 +259,7 @@ class TrainConfig:
                        f"nearest valid: {self.steps - 1}")
     self._validate_best()
     self._validate_rules()
-    self._validate_mesh(n_devices)
+    self.validate_mesh(n_devices)
     return self
 
   def _validate_each(self):
@@ -310,7 +310,9 @@ class TrainConfig:
       words = lambda change: " and ".join(f"model.rules.{name}={axes}" for name, axes in change.items())
       raise ValueError(f"{text}; nearest valid: {', or '.join(map(words, valid))}")
 
-  def _validate_mesh(self, n_devices):
+  def validate_mesh(self, n_devices: int | None):
+    """The part of `validate` that is about the mesh, of a config whose other parts are validated: fast enough
+    to try thousands. Raises ValueError."""
     sizes = {axis: getattr(self.mesh, axis) for axis in MESH_AXES}
     if bad := {a: s for a, s in sizes.items() if s < 1 and s != -1}:
       raise ValueError(f"mesh: sizes {bad} must be at least 1, or -1 for what is left")

@@ -281,7 +281,8 @@ def _add_elementwise(cost, work, kind, again):
   """What is read and written between products: two norms and sums (3 D each), positions of q and k, the gate.
   Twice that backward."""
   m, t = work.model, work.tokens
-  numbers = 6 * m.d_model * t + 2 * m.head_dim * (m.n_heads / work.heads + m.n_kv_heads / work.kv) * t
+  finer = work.ways("residual") / work.ways("length")
+  numbers = 6 * m.d_model * t / finer + 2 * m.head_dim * (m.n_heads / work.heads + m.n_kv_heads / work.kv) * t
   gate = 3 if kind in ("swiglu", "geglu", "moe") else 2
   if kind == "moe":  # Rows are dealt out and put together.
     rows = _expert_rows(work)

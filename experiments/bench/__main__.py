@@ -1,16 +1,19 @@
-"""python -m experiments.bench train|decode|data [...]: one JSON line of what this machine does,
+"""python -m experiments.bench train|decode|data|roofline [...]: one JSON line of what this machine does,
 measured in this run.
 
   train [--against=torch] [--rounds=10]   the fixed case of experiments/bench/case.py through train.step; with
                                           --against, PyTorch eager takes turns with it, a step each
   decode [--batch=1,8]                    prefill and decode of the same model through infer.decode
   data [--rows=2000]                      rows of made-up text through data.pipeline
+  roofline                                two models: the step that train.roofline says of this machine, its
+                                          rates measured between the steps, beside what is measured
 
 Machines are noisy: each line has the load average and the machine's own GEMM speed (float32; the best of
 NumPy's BLAS and XLA, and its median), measured between the steps. Absolute figures of different runs do not
 compare; ratios within a run do.
 """
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -173,6 +176,41 @@ def data(args):
                  "step_ms": round(1e3 * mean, 2)}
 
 
+ROOFLINE = {  # Name -> changes of the fixed case.
+  "512 wide, 4 layers, vocabulary 32000": dict(n_layers=4, unroll=1),
+  "768 wide, 2 layers, vocabulary 4096": dict(n_layers=2, d_model=768, n_heads=12, d_ff=2048, vocab_size=4096,
+                                              unroll=1),
+}
+
+
+def roofline(args):
+  from experiments.bench.case import compile_step, train_config
+  from model.sharding import make_mesh
+  from train.chips import measure_copy, measure_cpu
+  from train.roofline import estimate_step
+  chip, runs = measure_cpu(), []
+  for name, changes in ROOFLINE.items():
+    cfg = train_config(**changes).validate(1)
+    step, _, _ = compile_step(cfg, make_mesh(fsdp=-1))
+    seconds, peaks, copies = [], [], []
+    for _ in range(WARM_UP + args.rounds):
+      start = time.perf_counter()
+      step()
+      seconds.append(time.perf_counter() - start)
+      peaks.append(max(measure_gemm(0.3, 1024).values()))
+      copies.append(measure_copy(0.3))
+    # Of each round what the machine had to give in it: others use it too.
+    peak, copy = statistics.median(peaks), statistics.median(copies)
+    now = dataclasses.replace(chip, flops={"float32": peak, "bfloat16": peak}, hbm_bandwidth=copy)
+    modelled, measured = estimate_step(cfg, now, 1), statistics.median(seconds[WARM_UP:])
+    runs.append({"model": name, "measured_ms": round(1e3 * measured, 1),
+                 "modelled_ms": round(1e3 * modelled.step_s, 1),
+                 "modelled_over_measured": round(modelled.step_s / measured, 2),
+                 "terms_ms": {term: round(1e3 * s, 1) for term, s in modelled.seconds.items()},
+                 "gemm_flops_per_s": round(peak), "copy_bytes_per_s": round(copy)})
+  return {"bench": "roofline", "runs": runs}
+
+
 def _speed(seconds, tokens, gemms, flops):
   """What the median step says, beside the machine's speed in the same minutes."""
   step_s = statistics.median(seconds)
@@ -190,7 +228,7 @@ def main(argv=None):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   cases = parser.add_subparsers(dest="case", required=True)
   batches = lambda text: [int(n) for n in text.split(",")]
-  for case in (train, decode, data):
+  for case in (train, decode, data, roofline):
     sub = cases.add_parser(case.__name__)
     sub.set_defaults(run=case)
     sub.add_argument("--rounds", type=int, default=10, help="steps that count")

@@ -31,6 +31,9 @@ ACCUM_STEPS = (1, 2, 4, 8, 16)
 REMATS = ("none", "dots", "outputs", "full")  # From most memory to least.
 MICROBATCHES = (1, 2, 4, 8)  # Of a pipeline, times its stages.
 SPLIT_RESIDUAL = ("seq", "tensor")  # Norms and sums split over "tensor" too: less memory.
+# The config's own choice is not asked, and need not fit the number of devices.
+RESET = (*(f"mesh.{axis}={-1 if axis == 'fsdp' else 1}" for axis in MESH_AXES), "mesh.slices=1",
+         "mesh.slice_axis=data", "accum_steps=1")
 SAME = 0.002  # Relative: steps that are so alike go by what they send, then by what they hold.
 
 
@@ -231,9 +234,8 @@ def _losers(found, chip):
             f"{lacks(plan)}: take more devices, or a smaller batch_size"]
   first = found.best[0]
   if larger := [plan for plan in found.too_large if plan.step.step_s < found.best[-1].step.step_s]:
-    plan = larger[0]
-    lines.append(f"{len(larger)} meshes do not fit {chip.hbm_bytes / GIB:.2f} GiB even with remat full and "
-                 f"{plan.cfg.accum_steps} micro-batches: {plan.settings} lacks {lacks(plan)}")
+    lines.append(f"does not fit {chip.hbm_bytes / GIB:.2f} GiB: {larger[0].settings} lacks {lacks(larger[0])}"
+                 + f", and {len(larger) - 1} more" * (len(larger) > 1))
   for axis in MESH_AXES:
     has_axis = [plan for plan in found.best if plan.sizes[axis] > 1]
     if first.sizes[axis] == 1 and has_axis:
@@ -290,8 +292,8 @@ def compile_best(args, found, chip) -> list[str]:
 def _compare(plan, report):
   if not report["fits"]:
     return f"does not fit; modelled {plan.peak / GIB:.1f} GiB"
-  return (f"{report['memory']['peak_bytes'] / GIB:.1f} GiB (modelled {plan.peak / GIB:.1f}), step "
-          f"{report['step_s']:.2f} s by the compiler's cycles (modelled {plan.step.step_s:.2f})")
+  return (f"{report['memory']['peak_memory'] / GIB:.1f} GiB (modelled {plan.peak / GIB:.1f}), step "
+          f"{report['step_s']:.3f} s by the compiler's cycles (modelled {plan.step.step_s:.3f})")
 
 
 def main(argv=None) -> int:
@@ -304,7 +306,8 @@ def main(argv=None) -> int:
   parser.add_argument("--top", type=int, default=5, help="meshes to show")
   parser.add_argument("--compile", type=int, default=0, metavar="K",
                       help="ask the TPU compiler about the best K")
-  cfg, args = load(parser, argv, checks=())
+  argv = sys.argv[1:] if argv is None else argv
+  cfg, args = load(parser, [*(f"--config.{text}" for text in RESET), *argv])
   try:
     if args.chip is None or args.n is None:
       raise ValueError("--chip and --n say for which devices; e.g. --chip=v5p --n=64")

@@ -110,6 +110,19 @@ def test_links_of_an_axis(chip, sizes, links):
   assert {axis: net.links[axis] for axis in links} == links
 
 
+def test_seconds_of_collectives_are_those_of_rings():
+  """64 v5p as a cube of rings, 6 links of 100 GB/s; a ring of 16 v5e, 2 of 50: half of what is exchanged goes
+  through the 4 links, both ways, that cut it in two."""
+  ones = dict.fromkeys(("stage", "data", "fsdp", "expert", "seq", "tensor"), 1)
+  cube, ring = Network(CHIP["v5p"], ones | dict(fsdp=64), 64), Network(
+      CHIP["v5e"], ones | dict(fsdp=16, tensor=16), 256)
+  assert cube.seconds("fsdp", "all-gather", 1e9) == pytest.approx(63 / 64 * 1e9 / 600e9)
+  assert cube.seconds("fsdp", "all-reduce", 1e9) == pytest.approx(2 * 63 / 64 * 1e9 / 600e9)
+  assert ring.seconds("tensor", "reduce-scatter", 1e9) == pytest.approx(15 / 16 * 1e9 / 100e9)
+  assert ring.seconds("tensor", "all-to-all", 1e9) == pytest.approx(16 * 1e9 / 2 / 4 / 50e9)
+  assert ring.seconds("tensor", "collective-permute", 1e9) == pytest.approx(1e9 / 50e9)
+
+
 def test_slices_send_over_the_slow_network():
   """data=2 over two slices of 64: the gradients' shards, in float32 width of compute, there and back."""
   anchor = ANCHORS["64B, 64 v5p"]

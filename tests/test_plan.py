@@ -14,7 +14,7 @@ from train import plan
 from train.chips import CHIP
 from train.config import MeshConfig
 from train.memory import estimate_memory
-from train.plan import ACCUM_STEPS, REMATS, describe, search
+from train.plan import REMATS, describe, search
 from train.roofline import WEIGHT_AXES, estimate_step
 
 V5P, N = CHIP["v5p"], 4
@@ -37,7 +37,7 @@ def test_no_setting_is_faster_that_fits(found):
   for data, tensor in itertools.product((1, 2, 4), repeat=2):
     if N % (data * tensor):
       continue
-    for remat, accum in itertools.product(REMATS, ACCUM_STEPS):
+    for remat, accum in itertools.product(REMATS, (1, 2, 4, 8, 16)):
       cfg = config()
       cfg.mesh, cfg.model.remat, cfg.accum_steps = MeshConfig(data=data, tensor=tensor), remat, accum
       with contextlib.suppress(ValueError):  # The batch is not divided.

@@ -27,7 +27,7 @@ EPILOG = """examples:
   python -m train.plan --config=configs/dense_8b.py --chip=v5e --n=512 --slices=2   the slow axis?
   python -m train.plan --config=configs/dense_8b.py --chip=v6e --n=64 --precision=bf16,pure_bf16
 """
-ACCUM_STEPS = (1, 2, 4, 8, 16)
+MOST_MICROBATCHES = 16
 REMATS = ("none", "dots", "outputs", "full")  # From most memory to least.
 MICROBATCHES = (1, 2, 4, 8)  # Of a pipeline, times its stages.
 SPLIT_RESIDUAL = ("seq", "tensor")  # Norms and sums split over "tensor" too: less memory.
@@ -74,12 +74,12 @@ class Search:
   divided: int
 
 
-def search(cfg, chip, n: int, *, slices: int = 1, precisions=(None,), remats=REMATS, accums=ACCUM_STEPS,
-           overlapped=WEIGHT_AXES, enough: int = 10) -> Search:
+def search(cfg, chip, n: int, *, slices: int = 1, precisions=(None,), overlapped=WEIGHT_AXES,
+           enough: int = 10) -> Search:
   """
   Args:
     cfg: a TrainConfig, validated for no particular number of devices.
-    precisions, remats, accums: to choose from, the last two from most memory to least; None: the config's.
+    precisions: to choose from; None: the config's own.
     overlapped: as of `estimate_step`.
     enough: meshes that fit, after which slower ones are looked at only for the axes that none of them has.
 
@@ -92,7 +92,7 @@ def search(cfg, chip, n: int, *, slices: int = 1, precisions=(None,), remats=REM
   torus(chip, n // slices)
   estimate = functools.partial(estimate_step, chip=chip, n=n, overlapped=overlapped)
   groups, tried = [], 0
-  for overrides, base in _bases(cfg, n, slices, precisions, remats[0], accums[0]):
+  for overrides, base in _bases(cfg, n, slices, precisions):
     tried += 1
     with contextlib.suppress(ValueError):
       base.validate_mesh(n)
@@ -107,22 +107,22 @@ def search(cfg, chip, n: int, *, slices: int = 1, precisions=(None,), remats=REM
         continue
     if key in best and best[key].step.step_s <= lower:
       continue
-    plan, fits = _fastest(overrides, base, chip, n, estimate, remats, accums)
+    plan, fits = _fastest(overrides, base, chip, n, estimate)
     known = best if fits else too_large
     known[key] = min(known.get(key, plan), plan, key=lambda plan: plan.step.step_s)
   too_large = [plan for key, plan in too_large.items() if key not in best]
   return Search(_ranked(best.values()), _ranked(too_large), tried, len(groups))
 
 
-def _fastest(overrides, base, chip, n, estimate, remats, accums):
+def _fastest(overrides, base, chip, n, estimate):
   """(the fastest plan of a mesh that fits, True), or (the one that lacks least, False)."""
-  accums = accums if base.mesh.stage == 1 else (1,)  # A pipeline's micro-batches do the same.
-  plans = []
-  for accum, remat in itertools.product(accums, remats):
+  most = MOST_MICROBATCHES if base.mesh.stage == 1 else 1  # A pipeline's micro-batches do the same.
+  accums, plans = [k for k in range(1, most + 1) if base.batch_size % k == 0], []
+  for accum, remat in itertools.product(accums, REMATS):
     changed = dataclasses.replace(base, accum_steps=accum, model=dataclasses.replace(base.model, remat=remat))
     with contextlib.suppress(ValueError):
       changed.validate_mesh(n)
-      plans.append((estimate(changed).step_s, accum, remats.index(remat), changed))
+      plans.append((estimate(changed).step_s, accum, REMATS.index(remat), changed))
   plan = lambda changed: Plan(
       (*overrides, f"model.remat={changed.model.remat}", f"accum_steps={changed.accum_steps}"), changed,
       estimate(changed), estimate_memory(changed, n).peak)
@@ -151,8 +151,8 @@ def _ranked(plans):
   return ranked
 
 
-def _bases(cfg, n, slices, precisions, remat, accum):
-  """(overrides, config) of every mesh, which axis is slow, and precision."""
+def _bases(cfg, n, slices, precisions):
+  """(overrides, config) of every mesh, which axis is slow, and precision: without remat, in one piece."""
   for sizes, precision in itertools.product(_meshes(cfg, n), precisions):
     slow_axes = [a for a in ("data", "fsdp", "stage") if sizes[a] % slices == 0] if slices > 1 else ["data"]
     residuals = {cfg.model.rules.residual} | ({SPLIT_RESIDUAL} if sizes["tensor"] > 1 else set())
@@ -160,7 +160,7 @@ def _bases(cfg, n, slices, precisions, remat, accum):
     for axis, residual, micro in itertools.product(slow_axes, sorted(residuals), micros):
       overrides = [f"mesh.{a}={s}" for a, s in sizes.items()]
       overrides += [f"mesh.slices={slices}", f"mesh.slice_axis={axis}"] if slices > 1 else []
-      changes = {"remat": remat, "pipeline_microbatches": micro}
+      changes = {"remat": "none", "pipeline_microbatches": micro}
       if residual != cfg.model.rules.residual:
         overrides.append(f"model.rules.residual={residual!r}")
         changes["rules"] = dataclasses.replace(cfg.model.rules, residual=residual)
@@ -170,7 +170,7 @@ def _bases(cfg, n, slices, precisions, remat, accum):
         overrides.append(f"model.precision={precision}")
         changes |= dict(zip(("param_dtype", "compute_dtype"), PRECISION[precision]), precision=precision)
       yield tuple(overrides), dataclasses.replace(
-          cfg, accum_steps=accum, model=dataclasses.replace(cfg.model, **changes),
+          cfg, accum_steps=1, model=dataclasses.replace(cfg.model, **changes),
           mesh=MeshConfig(**sizes, slices=slices, slice_axis=axis))
 
 
@@ -200,7 +200,7 @@ def describe(name, found: Search, chip_name: str, chip, n: int, slices: int, top
   lines = [f"{name} on {n} x {chip_name} ({f'{slices} slices of ' * (slices > 1)}{shape}): modelled, nothing "
            "was compiled or run",
            f"{found.tried} meshes tried, {found.divided} divide what they split; with each remat, in up to "
-           f"{ACCUM_STEPS[-1]} micro-batches"]
+           f"{MOST_MICROBATCHES} micro-batches"]
   if found.best:
     lines.append(f"{'':3} {'step':>8} {'tokens/s/device':>15} {'MFU':>6} {'GiB':>6}  settings; what costs "
                  "most beside the products")

@@ -23,4 +23,4 @@ def get_config(arg: str = "") -> TrainConfig:
                     tokenizer=TokenizerConfig(vocab_size=32_000), val_fraction=0.001),
     optim=OptimConfig(lr=3e-4, warmup_steps=2000),
     balance=BalanceConfig(loss=0.02, z_loss=1e-3),
-    mesh=MeshConfig(fsdp=8 if arg else 32, expert=8))
+    mesh=MeshConfig(fsdp=16 if arg else 32, expert=4 if arg else 8))

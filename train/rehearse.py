@@ -172,7 +172,10 @@ def find_target(cfg, topology: str) -> Target:
   except Exception as e:
     raise ValueError(f"--topology={topology}: {str(e)[:300]}") from None
   cfg.validate(len(devices))
-  mesh = make_mesh(devices=devices, **dataclasses.asdict(cfg.mesh))
+  try:
+    mesh = make_mesh(devices=devices, **dataclasses.asdict(cfg.mesh))
+  except NotImplementedError as e:  # As the run itself would find out on the pod.
+    raise ValueError(f"--topology={topology}: {e}") from None
   return Target(topology, name, CHIP[name], mesh, (cfg.mesh.slice_axis,) if cfg.mesh.slices > 1 else ())
 
 

@@ -62,6 +62,7 @@ PAIRS = {
   "dense_wide": ("v5p:2x2x2", ("model.d_model=4096", "model.n_heads=32", "model.d_ff=14336",
     "batch_size=16", "model.remat=dots")),
   "dense_pure": ("v5e:2x2", ("model.precision=pure_bf16",)),
+  "dense_tight": ("v5e:2x2", ("model.n_layers=56", "batch_size=16", "data.tokenizer.vocab_size=64000")),
   "dense_dotproduct": ("v5e:2x2", ("model.attention_impl=dot_product",)),
   "moe_mixtral": ("v5p:4x4x4", (*MOE, *LLAMA, "mesh.expert=8", "mesh.fsdp=8", "seq_len=4096",
     "batch_size=64")),

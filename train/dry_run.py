@@ -92,7 +92,8 @@ def _describe_memory(memory, chip):
   verdict = "yes" if fits(memory, chip) else "no"
   doubt = "" if sure else (f" (within the {MARGIN:.0%} by which this may be wrong: "
                            "python -m train.rehearse asks the compiler)")
-  return (f"memory of one device at its fullest ({memory.moment}), GiB\n{table}\n"
+  like = "" if chip.platform == "tpu" else ", as XLA:TPU would hold it"
+  return (f"memory of one device at its fullest ({memory.moment}), GiB{like}\n{table}\n"
           f"fits: {verdict}{doubt}")
 
 

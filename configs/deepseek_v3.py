@@ -17,7 +17,8 @@ def get_config(arg: str = "") -> TrainConfig:
   if arg not in TOPOLOGY:
     raise ValueError(f"arg={arg!r}; nearest valid: configs/deepseek_v3.py, configs/deepseek_v3.py:1024")
   return TrainConfig(
-    steps=100_000, batch_size=15_360, seq_len=4096, accum_steps=15, loss_chunk=1024,
+    steps=100_000, batch_size=15_360 if arg else 16_384, seq_len=4096, accum_steps=15 if arg else 8,
+    loss_chunk=1024,
     model=ModelConfig(n_layers=61, d_model=7168, n_heads=128, head_dim=128, d_ff=18_432,
                       remat="full", ffn="moe", n_experts=256, n_experts_per_token=8,
                       d_expert=2048, n_shared_experts=1, n_dense_layers=3, router="sigmoid", router_bias=True,
@@ -26,4 +27,4 @@ def get_config(arg: str = "") -> TrainConfig:
                     tokenizer=TokenizerConfig(vocab_size=129_280), val_fraction=0.001),
     optim=OptimConfig(lr=2.2e-4, warmup_steps=2000, schedule="wsd"),
     balance=BalanceConfig(sequence_loss=1e-4, bias_until=0.97),
-    mesh=MeshConfig(fsdp=16 if arg else 32, expert=32, tensor=2))
+    mesh=MeshConfig(fsdp=64 if arg else 128, expert=16))  # Products of sides of the torus.

@@ -39,7 +39,7 @@ SOON_S = 5.0  # Enough for each process to see what has become of the others.
 # Phase -> how many times stall_s it may last: its length is the machine's affair, and differs by process. In
 # all others a process that does nothing for stall_s is stuck.
 PATIENCE = dict.fromkeys(
-    ("start", "imports", "joining", "devices", "preparing data", "restoring", "tracing", "compiling",
+    ("start", "imports", "joining", "devices", "preparing data", "peak", "restoring", "tracing", "compiling",
      "initialising", "saving"), 12)
 
 

@@ -239,7 +239,8 @@ def _moments(cfg, local, hoists):
   split = local.ways("embed") > 1
   rows = 4 * local.pairs * m.d_model * c if m.ffn == "moe" else 0
   hidden = 2 if m.remat in ("none", "dots") else 4  # What is not computed again is read where it was saved.
-  work = local.attention() + 4 * local.x + hidden * local.h + rows
+  gathered = local.tokens * m.d_model * c  # As attention and the feed-forward take the residual stream.
+  work = local.attention() + local.x + 3 * gathered + hidden * local.h + rows
   backward = {
     "gradients": size(local.blocks),
     "one layer's activations": max(work - VMEM, 0),

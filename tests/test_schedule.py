@@ -264,3 +264,23 @@ def test_collectives_by_axis_of_a_real_program():
   found = {(t.kind, t.axes): t.wire_bytes for t in read_timeline(Program(text), WIRE, CLOCK).transfers}
   whole = 4 * 16 * 4  # Bytes of what 4 devices have together.
   assert found == {("all-gather", ("fsdp",)): whole * 3 / 4, ("all-reduce", ("data",)): 2 * whole / 2}
+
+
+def test_a_computation_of_another_core_ends_where_it_ends():
+  text = """HloModule m
+
+%on_sparse (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%p)
+}, execution_thread="sparsecore"
+
+%after (q: f32[8]) -> f32[8] {
+  ROOT %q = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  ROOT %x = f32[8]{0} parameter(0)
+}
+"""
+  assert {name: list(ops) for name, ops in Program(text).computations.items()} == {
+    "on_sparse": ["p", "n"], "after": ["q"], "main": ["x"]}

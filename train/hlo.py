@@ -109,7 +109,7 @@ class Program:
       if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
         ops = self.computations[head[2]] = {}
         self.entry = head[2] if head[1] else self.entry
-      elif line == "}":
+      elif _END.fullmatch(line):
         ops = None
       elif ops is not None:
         if op := read_op(line):
@@ -166,16 +166,20 @@ class Program:
     return found
 
 
+_END = re.compile(r'}(, execution_thread="\w+")?')  # Of a computation; some run on the sparse cores.
+
+
 def _joined(text):
   """Lines; what a Pallas kernel says about itself goes over several."""
   whole, inside = "", False
   for line in text.splitlines():
-    if inside and not line.startswith("  ") and line != "}":
+    ends = _END.fullmatch(line)
+    if inside and not line.startswith("  ") and not ends:
       whole += line
       continue
     if whole:
       yield whole
-    whole, inside = line, line.endswith("{") and not line.startswith(" ") or inside and line != "}"
+    whole, inside = line, line.endswith("{") and not line.startswith(" ") or inside and not ends
   yield whole
 
 

@@ -7,17 +7,19 @@ import argparse
 import collections
 import functools
 import sys
+import typing
 
 import numpy as np
 import rich.console
 import rich.table
 
 from data import flags
-from data.pipeline import Rows
-from data.prepare import prepare
+
+if typing.TYPE_CHECKING:
+  from data.pipeline import Rows
 
 
-def summarise(rows: Rows, steps: int) -> list[dict]:
+def summarise(rows: "Rows", steps: int) -> list[dict]:
   """Of each source over the first `steps` steps, without reading a token.
 
   Returns:
@@ -101,6 +103,8 @@ def main(argv=None) -> int:
     "--step", type=int, help="print the rows of this step, decoded, with their addresses"
   )
   config, args = flags.load(parser, argv)
+  from data.pipeline import Rows  # Grain takes a second to import: a mistake is named before.
+  from data.prepare import prepare
   try:
     if args.steps is not None and args.steps < 1:
       raise ValueError(f"--steps={args.steps} must be at least 1")

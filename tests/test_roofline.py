@@ -6,7 +6,6 @@ python -m tests.test_roofline     prints prediction beside measurement for each 
 import collections
 import functools
 import math
-import re
 import statistics
 
 import jax
@@ -22,6 +21,7 @@ from tests.test_step import run_config
 from tests.tiny import MOE, trace_step
 from train.chips import CHIP
 from train.config import MeshConfig
+from train.hlo import collectives
 from train.roofline import EFFICIENCY, RECOMPUTED, WEIGHT_AXES, Network, estimate_step
 
 # MaxText's tensor-parallel products are XLA's windowed ones, which send while they compute; ours wait.
@@ -72,12 +72,10 @@ def test_hardware_flops_are_those_of_the_traced_step(remat):
 
 def _hlo_bytes(name) -> dict[str, float]:
   """Kind -> bytes that a device receives in a step, from the compiled text; all numbers are 4 bytes wide."""
-  total, text = collections.Counter(), test_hlo.compiled(name)
+  total = collections.Counter()
   times = iterations(4, 4, 1) if name == "stage" else 4  # One layer an iteration; or the layers.
-  start = re.compile(rf"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({test_hlo.KINDS})(?:-start)?\(")
-  lines = [line for line in text.splitlines() if start.match(line) and test_hlo._group_size(line) > 1]
-  for line, c in zip(lines, test_hlo.collectives(text), strict=True):
-    ways, size = test_hlo._group_size(line), 4 * sum(math.prod(shape) for shape in c.shapes)
+  for c in collectives(test_hlo.compiled(name)):
+    ways, size = c.groups.shape[-1], 4 * sum(math.prod(shape) for shape in c.shapes)
     share = (ways - 1) / ways
     received = {"all-gather": share, "reduce-scatter": ways - 1, "all-reduce": 2 * share, "all-to-all": share,
                 "collective-permute": 1}[c.kind] * size

@@ -2,8 +2,7 @@
 256 of v6e.
 
 python -m train.main --config=configs/dense_70b.py --config.data.sources[0].path=/data/*.jsonl.zst
-Expected: not trained here. The program is traced for its chips by tests/test_contracts.py, and was compiled
-for them by python -m train.rehearse --config=configs/dense_70b.py (configs/REHEARSALS.md).
+Expected: not trained here. The program is traced for its chips by tests/test_contracts.py.
 """
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from model.config import ModelConfig

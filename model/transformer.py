@@ -1,5 +1,6 @@
 """Decoder-only transformer: embed, scan over stacked groups of blocks, norm, head.
 The one forward definition."""
+import dataclasses
 import os
 
 import jax
@@ -14,7 +15,7 @@ from model.ffn import FFN
 from model.kernels.attention import HIDDEN, KERNEL
 from model.kernels.grouped import GROUPED
 from model.kernels.platform import AUTO
-from model.layers import INIT, NORM, dropout, lift, read, softcap, weight
+from model.layers import INIT, NORM, dropout, embed_shards, lift, several, softcap, token_axes, weight
 from model.lookup import check_choice, lookup
 from model.moe import DISPATCH, ROUTER
 from model.pipeline import pipeline
@@ -207,33 +208,48 @@ class Transformer(nnx.Module):
     return (jax.sharding.reshard(a, self.cfg.rules("batch", "length")) for a in arrays_BT)
 
   def _embed(self, tokens_BT):
-    """Each device looks up what its slice of the vocabulary has; the sum over the slices has it all."""
+    """Each device looks up what its slice of the vocabulary has; the sum over the slices has it all.
+
+    Under FSDP a device has some of the columns of all rows. It looks those up for the tokens of all devices,
+    and an all-to-all brings each token's columns together: tokens travel, not the table, nor its gradient,
+    which is summed in the dtype of the parameters.
+    """
     cfg, rules = self.cfg, self.cfg.rules
+    spec = dataclasses.replace(rules, embed=token_axes(rules))("vocab", "embed")
 
-    def local(table_vD, tokens_bt):
+    def local(table_vd, tokens_bt):
+      over = several(token_axes(rules))
+      if over:
+        tokens_bt = jax.lax.all_gather(tokens_bt, over).reshape(-1, tokens_bt.shape[-1])
       if not rules.vocab:
-        return table_vD[tokens_bt]
-      v = table_vD.shape[0]
-      row_bt = tokens_bt - jax.lax.axis_index(rules.vocab) * v
-      x_btD = jnp.where(((row_bt >= 0) & (row_bt < v))[..., None], table_vD[jnp.clip(row_bt, 0, v - 1)], 0)
-      return jax.lax.psum(x_btD, rules.vocab)
+        x_btd = table_vd[tokens_bt].astype(cfg.compute_dtype)
+      else:
+        v = table_vd.shape[0]
+        row_bt = tokens_bt - jax.lax.axis_index(rules.vocab) * v
+        there_bt1 = ((row_bt >= 0) & (row_bt < v))[..., None]
+        x_btd = jnp.where(there_bt1, table_vd[jnp.clip(row_bt, 0, v - 1)], 0).astype(cfg.compute_dtype)
+        x_btd = jax.lax.psum(x_btd, rules.vocab)
+      return jax.lax.all_to_all(x_btd, over, split_axis=0, concat_axis=2, tiled=True) if over else x_btd
 
-    x_BTD = on_devices(local, (rules("vocab", None), rules("batch", "length")),
-                       rules("batch", "length", None))(read(cfg, self.embed), tokens_BT)
+    x_BTD = on_devices(local, (spec, rules("batch", "length")), rules("batch", "length", None))(
+        jax.sharding.reshard(self.embed[...], spec), tokens_BT)
     x_BTD = jax.sharding.reshard(x_BTD, rules("batch", "residual", None))
     return x_BTD if cfg.embed_scale is None else x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
 
   def _final(self, x_BTD):
     return self.final_norm(x_BTD) if self.cfg.norm_position != "post" else x_BTD
 
-  def head_DV(self):
-    """The output matrix in the compute dtype, split over "vocab" only."""
-    return read(self.cfg, self.unembed) if self.cfg.head == "untied" else read(self.cfg, self.embed).T
+  def head_shards(self):
+    """The output matrix [D, V] in the compute dtype, split over "vocab" and as the loss gathers it."""
+    tied = self.cfg.head == "tied"
+    w, _ = embed_shards(self.cfg, self.embed if tied else self.unembed)
+    return w.T if tied else w
 
   def logits(self, x_BTD):
     """float32 [B, T, padded V], split over "vocab"; what pads the vocabulary has no mass."""
     x_BTD = jax.sharding.reshard(x_BTD, self.cfg.rules("batch", "length", None))
-    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head_DV(), preferred_element_type=jnp.float32)
+    head_DV = jax.sharding.reshard(self.head_shards(), self.cfg.rules(None, "vocab"))
+    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
     real_V = jnp.arange(logits_BTV.shape[-1]) < self.cfg.vocab_size
     return jnp.where(lift(real_V, 3), softcap(logits_BTV, self.cfg.logit_softcap), HIDDEN)
 

@@ -1,4 +1,6 @@
 """The chunked, sharded cross-entropy against optax on the whole logits."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,20 +31,22 @@ def dense(x_BTD, head_DV, targets_BT, weights_BT, softcap, z_loss):
   return jnp.sum(weights_BT * (nll_BT + z_loss * lse_BT**2)), jnp.sum(weights_BT * nll_BT, axis=1)
 
 
-@pytest.mark.parametrize("mesh_name", ["one", "fsdp_tensor", "all"])
+@pytest.mark.parametrize("mesh_name, embed", [
+  ("one", TRAIN.embed), ("all", ()), ("fsdp_tensor", TRAIN.embed), ("all", TRAIN.embed)])
 @pytest.mark.parametrize("chunk", [1, 7, 24, 10_000])
 @pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (3.0, 1e-2)])
-def test_equals_dense(mesh_name, chunk, softcap, z_loss):
+def test_equals_dense(mesh_name, chunk, embed, softcap, z_loss):
   mesh = mesh_of(mesh_name)
-  spec = LossSpec(chunk, REAL, softcap, z_loss, TRAIN.batch, TRAIN.loss_length, TRAIN.vocab)
+  spec = LossSpec(chunk, REAL, softcap, z_loss, TRAIN.batch, TRAIN.loss_length, TRAIN.vocab, embed)
   x, head, targets, weights = arrays()
   with jax.enable_x64(True):  # A float32 oracle is as far from the truth as we are.
     (want, want_B), (want_dx, want_dhead) = jax.value_and_grad(dense, (0, 1), has_aux=True)(
         *(a.astype(np.float64) for a in (x, head)), targets, weights.astype(np.float64), softcap, z_loss)
   assert want_dx.dtype == np.float64
   with jax.set_mesh(mesh):
-    put = lambda a, *axes: jax.device_put(a, jax.NamedSharding(mesh, TRAIN(*axes)))
-    args = (put(x, "batch", None, None), put(head, None, "vocab"), put(targets, "batch", None),
+    rules = dataclasses.replace(TRAIN, embed=embed)
+    put = lambda a, *axes: jax.device_put(a, jax.NamedSharding(mesh, rules(*axes)))
+    args = (put(x, "batch", None, None), put(head, "embed", "vocab"), put(targets, "batch", None),
             put(weights, "batch", None))
     loss = jax.jit(lambda x, head, *rest: cross_entropy(spec, x, head, *rest))
     (got, (got_B, _)), (dx, dhead) = jax.jit(jax.value_and_grad(
@@ -60,7 +64,7 @@ def test_equals_dense(mesh_name, chunk, softcap, z_loss):
 
 
 def test_uniform_logits_give_log_of_vocabulary():
-  spec = LossSpec(16, REAL, None, 0.0, (), (), ())
+  spec = LossSpec(16, REAL, None, 0.0, (), (), (), ())
   x, head, targets, _ = arrays()
   with jax.set_mesh(mesh_of("one")):
     loss, _ = cross_entropy(spec, x * 0, head, targets, np.ones((B, T), np.float32))
@@ -73,7 +77,7 @@ def test_memory_does_not_grow_with_the_logits():
   shapes = [jax.ShapeDtypeStruct(s, dt) for s, dt in
             (((b, t, d), jnp.float32), ((d, v), jnp.float32), ((b, t), jnp.int32), ((b, t), jnp.float32))]
   def temporary(chunk):
-    spec = LossSpec(chunk, v, None, 0.0, (), (), ())
+    spec = LossSpec(chunk, v, None, 0.0, (), (), (), ())
     f = jax.jit(jax.grad(lambda *a: cross_entropy(spec, *a)[0], (0, 1)))
     with jax.set_mesh(mesh_of("one")):
       return f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes

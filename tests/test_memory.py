@@ -3,6 +3,7 @@
   python -m tests.test_memory                    the table, worst first
   python -m tests.test_memory --compile [NAME]   compiles the rows anew (libtpu; a minute each) and prints it
 """
+import dataclasses
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ from flax import nnx
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.flags import override, versions
 from model.config import ModelConfig
-from model.sharding import MESH_AXES, abstract_mesh, mesh_shape
+from model.sharding import abstract_mesh, make_mesh
 from model.transformer import abstract_params
 from tests.tiny import abstract_batch
 from train.config import TrainConfig
@@ -174,17 +175,11 @@ def test_every_array_of_the_state_is_counted_in_its_shards(mesh, changes):
 # Compiling.
 
 def topology_mesh(cfg, topology):
-  """The mesh of the config on a TPU that is not here, its devices as make_mesh would lay them."""
-  from jax.experimental import mesh_utils, topologies
-  slices = cfg.mesh.slices
-  more = {"num_slices": slices} if slices > 1 else {}
+  """The mesh of the config on a TPU that is not here."""
+  from jax.experimental import topologies
+  more = {"num_slices": cfg.mesh.slices} if cfg.mesh.slices > 1 else {}
   devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
-  shape = mesh_shape({a: getattr(cfg.mesh, a) for a in MESH_AXES}, len(devices))
-  over = tuple(slices if axis == cfg.mesh.slice_axis else 1 for axis in MESH_AXES)
-  within = tuple(n // slow for n, slow in zip(shape, over))
-  placed = (mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True) if slices == 1 else
-            mesh_utils.create_hybrid_device_mesh(within, over, devices))
-  return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(MESH_AXES))
+  return make_mesh(devices=devices, **dataclasses.asdict(cfg.mesh))
 
 
 def compile_row(name) -> dict:

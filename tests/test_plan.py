@@ -72,7 +72,7 @@ def test_what_goes_over_the_slow_network():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(ANCHORS)[:9])  # Of the last three, not yet seen to be.
+@pytest.mark.parametrize("name", ANCHORS)
 def test_published_meshes_are_among_the_first_three(name):
   """Of meshes with "tensor" where its collectives run beside the work, as in MaxText, whose they are; of the
   others as our own step does it, which waits for them. Were they free everywhere, the planner would

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -164,3 +165,29 @@ def test_the_step_of_a_run_is_compiled_for_tpus(tmp_path):
 def test_mistakes_exit_2_in_one_line(args, words):
   done = command("--config=configs/tiny.py", *args)
   assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+@COMPILER
+def test_what_is_allocated_is_the_peak_and_not_temp_size(tmp_path):
+  """Against the compiler's own list of allocations, for a gradient that overwrites its parameters."""
+  code = f"""
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices[:1]
+place = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), "x"), jax.P())
+array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+step = lambda w, x: w - jax.grad(lambda w: jax.lax.scan(layer, x, w)[0].sum())(w)
+low = jax.jit(step, donate_argnums=0).trace(array(4, 4096, 4096), array(4096, 4096)).lower(
+    lowering_platforms=("tpu",))
+m = low.compile(compiler_options={{"xla_dump_to": {str(tmp_path)!r}}}).memory_analysis()
+print(m.peak_memory_in_bytes - m.argument_size_in_bytes, m.temp_size_in_bytes)
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                        env=os.environ | rehearse.ENVIRONMENT)
+  ours, temp_size = map(int, done.stdout.split())
+  [dump] = tmp_path.glob("*buffer-assignment.txt")
+  sizes = re.findall(r"^allocation \d+: size (\d+), preallocated-temp", dump.read_text(), re.M)
+  allocated = sum(map(int, sizes))
+  assert ours == pytest.approx(allocated, rel=0.01) and temp_size > 1.1 * allocated

@@ -131,7 +131,7 @@ def test_slices_send_over_the_slow_network():
   two, one = estimate_step(cfg, CHIP["v5p"], 128), estimate_step(anchor.config(), CHIP["v5p"], 64)
   assert two.slow_axis == "data" and one.slow_axis is None
   layers = 2 * cfg.model.n_layers * (2 * 10_240 * 32_768 + 4 * 10_240 * 8192) / 64  # bf16.
-  tables = (2 + 4) * 10_240 * 32_768 / 4 / 16
+  tables = (4 + 4) * 10_240 * 32_768 / 4 / 16
   assert two.wire_s["data"] == pytest.approx((layers + tables) / CHIP["v5p"].dcn_bandwidth / EFFICIENCY, 0.01)
   assert one.step_s <= two.step_s  # It fits beside the work.
 

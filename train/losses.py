@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from model.context import zigzag_order
 from model.kernels.attention import HIDDEN
+from model.layers import several, token_axes
 from model.sharding import ways
 
 
@@ -18,13 +19,14 @@ class LossSpec(typing.NamedTuple):
   z_loss: float
   batch_axes: tuple[str, ...]  # Mesh axes that split the rows,
   length_axes: tuple[str, ...]  # their tokens,
-  vocab_axes: tuple[str, ...]  # and the vocabulary.
+  vocab_axes: tuple[str, ...]  # and the vocabulary;
+  embed_axes: tuple[str, ...]  # those of the tokens' axes over which the head's other dim is split.
 
 
 def loss_spec(cfg, chunk: int, z_loss: float) -> LossSpec:
   rules = cfg.rules
   return LossSpec(chunk, cfg.vocab_size, cfg.logit_softcap, z_loss, rules.batch, rules.loss_length,
-                  rules.vocab)
+                  rules.vocab, token_axes(rules))
 
 
 def cross_entropy(spec, x_BTD, head_DV, targets_BT, weights_BT):
@@ -34,8 +36,8 @@ def cross_entropy(spec, x_BTD, head_DV, targets_BT, weights_BT):
   while its logits are at hand, so nothing is computed twice (the trick of Liger Kernel, arXiv:2410.10989).
 
   Args:
-    x_BTD, head_DV: in the compute dtype; logits and sums are float32. The head may be split over the
-      vocabulary.
+    x_BTD, head_DV: in the compute dtype; logits and sums are float32. The head is split over spec.embed_axes
+      and spec.vocab_axes.
     weights_BT: float32, 0 where there is nothing to predict.
 
   Returns:
@@ -69,16 +71,21 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _over_devices(spec, with_grads, x_BTD, head_DV, targets_BT, weights_BT):
   """Runs `_on_device` on each device's tokens and slice of the vocabulary. The collectives are in there, by
-  hand: one all-reduce of the head's gradient a call, not one a chunk."""
+  hand: the head is gathered once a call and its gradient summed once, not once a chunk, and no device keeps
+  more of either than its slice."""
   batch, length, vocab = (axes or None for axes in (spec.batch_axes, spec.length_axes, spec.vocab_axes))
-  bt, btd, b, dv = jax.P(batch, length), jax.P(batch, length, None), jax.P(batch), jax.P(None, vocab)
+  bt, btd, b = jax.P(batch, length), jax.P(batch, length, None), jax.P(batch)
+  dv = jax.P(spec.embed_axes or None, vocab)
   out = (jax.P(), (b, jax.P())) + ((btd, dv) if with_grads else ())
   local = functools.partial(_on_device, spec, with_grads)
   return jax.shard_map(local, in_specs=(btd, dv, bt, bt), out_specs=out, check_vma=False)(
       x_BTD, head_DV, targets_BT, weights_BT)
 
 
-def _on_device(spec, with_grads, x_btD, head_Dv, targets_bt, weights_bt):
+def _on_device(spec, with_grads, x_btD, head_dv, targets_bt, weights_bt):
+  gather = functools.partial(jax.lax.all_gather, axis=0, tiled=True)
+  embed_axes = several(spec.embed_axes)
+  head_Dv = _reduce(gather, head_dv, embed_axes)
   b, t, _ = x_btD.shape
   n_chunks = -(-b * t // spec.chunk)
   size = -(-b * t // n_chunks)  # The last chunk is filled with tokens of weight 0.
@@ -123,13 +130,18 @@ def _on_device(spec, with_grads, x_btD, head_Dv, targets_bt, weights_bt):
   zeros_Dv = jnp.zeros(head_Dv.shape, jnp.float32) if with_grads else None
   dhead_Dv, (nll, z, *dx) = jax.lax.scan(
       one_chunk, zeros_Dv, (split(x_btD), split(targets_bt), split(weights_bt)))
-  token_axes = spec.batch_axes + spec.length_axes
-  loss = _reduce(jax.lax.psum, nll.sum() + spec.z_loss * z.sum(), token_axes)
-  aux = _reduce(jax.lax.psum, join(nll).sum(1), spec.length_axes), _reduce(jax.lax.psum, z.sum(), token_axes)
+  axes = spec.batch_axes + spec.length_axes
+  loss = _reduce(jax.lax.psum, nll.sum() + spec.z_loss * z.sum(), axes)
+  aux = _reduce(jax.lax.psum, join(nll).sum(1), spec.length_axes), _reduce(jax.lax.psum, z.sum(), axes)
   if not with_grads:
     return loss, aux
   dx_btD = _reduce(jax.lax.psum, join(dx[0]), spec.vocab_axes).astype(x_btD.dtype)
-  return loss, aux, dx_btD, _reduce(jax.lax.psum, dhead_Dv, token_axes).astype(head_Dv.dtype)
+  scatter = functools.partial(jax.lax.psum_scatter, scatter_dimension=0, tiled=True)
+  dhead_dv = _reduce(scatter, dhead_Dv, embed_axes)
+  dhead_dv = _reduce(jax.lax.psum, dhead_dv, tuple(a for a in axes if a not in spec.embed_axes))
+  # Nothing of the backward pass waits for the head's gradient, which would be whole on each device until the
+  # end: XLA:TPU put off the sum.
+  return loss, aux, *jax.lax.optimization_barrier((dx_btD, dhead_dv.astype(head_dv.dtype)))
 
 
 def _reduce(collective, x, axes):
@@ -158,5 +170,5 @@ def next_token_loss(spec, model, batch, key=None):
   """
   batch = in_order(model.cfg, batch)
   x_BTD, layers = model(batch["tokens"], batch["positions"], batch["segments"], key=key)
-  loss, (nll_B, z) = cross_entropy(spec, x_BTD, model.head_DV(), batch["targets"], batch["weights"])
+  loss, (nll_B, z) = cross_entropy(spec, x_BTD, model.head_shards(), batch["targets"], batch["weights"])
   return loss, {"nll_B": nll_B, "z": z, "layers": layers}

@@ -228,9 +228,9 @@ def _moments(cfg, local, hoists):
     # Over micro-batches, and over the visits of a stage.
     "sum of gradients": (whole / local.finer("gradient") * (cfg.accum_steps > 1)
                          + size(local.blocks) * (local.stages > 1)),
-    "gradient of the head": m.d_model * V * 4,
   }
   loss = {
+    "gradient of the head": m.d_model * V * 4,  # Afterwards a slice, with FSDP.
     "head": m.d_model * V * c,
     "logits": chunk * V * 4,
     "residual stream": 3 * local.x * local.micro,
@@ -242,7 +242,7 @@ def _moments(cfg, local, hoists):
   gathered = local.tokens * m.d_model * c  # As attention and the feed-forward take the residual stream.
   work = local.attention() + local.x + 3 * gathered + hidden * local.h + rows
   backward = {
-    "gradients": size(local.blocks),
+    "gradients": size(local.blocks) + m.d_model * V * c / local.ways("embed"),
     "one layer's activations": max(work - VMEM, 0),
     "one layer's weights": 4 / 3 * ffn + attention if split else 2 / 3 * ffn,
   }

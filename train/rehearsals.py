@@ -14,9 +14,11 @@ def render(r: dict) -> str:
   if not r["fits"]:
     return "\n".join(lines + _largest(r) + [_compiler(r)]) + "\n"
   m = r["memory"]
-  lines.append(f"memory     arguments {_gib(m['argument_size'])}, temporaries {_gib(m['temp_size'])}, "
-               f"new outputs {_gib(m['output_size'] - m['alias_size'])}, "
-               f"program {_gib(m['generated_code_size'])} GiB")
+  outputs = m["output_size"] - m["alias_size"]
+  # temp_size counts what lies in the outputs' memory again: not what is allocated (tests/test_rehearse.py).
+  temporaries = m["peak_memory"] - m["argument_size"] - outputs
+  lines.append(f"memory     arguments {_gib(m['argument_size'])}, temporaries {_gib(temporaries)}, "
+               f"new outputs {_gib(outputs)}, program {_gib(m['generated_code_size'])} GiB")
   lines += _largest(r)
   call = "step" if r["what"] == "train step" else "call"
   lines.append(f"{call:10} {r['step_s']:.3f} s: on the core {r['core_s']:.3f}, waiting for the wire "
@@ -136,22 +138,21 @@ def write_all(path, timeout_s: float = 3600.0) -> int:
   import json
 
   from train.rehearse import shipped
-  rows, versions = [], ""
+  rows, head = [], ""
   for config, topology in shipped().items():
     command = [sys.executable, "-m", "train.rehearse", f"--config={config}", "--json"]
     try:
       done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
       report = json.loads(done.stdout)["reports"][0]
+      versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
+      head = HEAD.format(versions=versions, date=datetime.date.today().isoformat())
+      rows.append(row(config, report))
     except (subprocess.TimeoutExpired, ValueError, KeyError) as e:
       said = done.stderr.strip().splitlines() if not isinstance(e, subprocess.TimeoutExpired) else []
       why = said[-1][:200] if said else f"not within {timeout_s:.0f} s"
       rows.append(f"| {config} | {topology} | not compiled: {why} |" + " |" * 9)
-      continue
-    versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
-    rows.append(row(config, report))
     print(rows[-1], flush=True)
-  head = HEAD.format(versions=versions, date=datetime.date.today().isoformat())
-  path.write_text(head + "\n".join(rows) + "\n")
+    path.write_text(head + "\n".join(rows) + "\n")
   return 0
 
 

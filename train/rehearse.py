@@ -154,7 +154,7 @@ def chips_in(topology: str) -> int:
 
 def find_target(cfg, topology: str) -> Target:
   """Raises ValueError: an unknown chip, a torus that it does not come in, a mesh of another number of
-  devices."""
+  devices or slices."""
   from train.chips import CHIP
   chips_in(topology)
   prefix = topology.partition(":")[0]
@@ -172,10 +172,7 @@ def find_target(cfg, topology: str) -> Target:
   except Exception as e:
     raise ValueError(f"--topology={topology}: {str(e)[:300]}") from None
   cfg.validate(len(devices))
-  try:
-    mesh = make_mesh(devices=devices, **dataclasses.asdict(cfg.mesh))
-  except NotImplementedError as e:  # As the run itself would find out on the pod.
-    raise ValueError(f"--topology={topology}: {e}") from None
+  mesh = make_mesh(devices=devices, **dataclasses.asdict(cfg.mesh))
   return Target(topology, name, CHIP[name], mesh, (cfg.mesh.slice_axis,) if cfg.mesh.slices > 1 else ())
 
 

@@ -393,11 +393,14 @@ def _add_ends_wire(cost, work):
   table, k = m.d_model * m.padded_vocab_size / work.ways("vocab"), work.cfg.accum_steps
   fsdp = math.prod(work.sizes[a] for a in work.gathered)
   x = c * work.step_tokens * m.d_model
+  others = lambda axes: [a for a in work.split(axes) if a not in work.gathered]
   for axis in work.gathered:
-    net.send(cost, axis, "all-gather", 2 * k * c * table)
-  # Gradients: of the embedding; and of the head in float32, by all that have tokens of the loss.
-  net.reduce(cost, work.split(work.rules.batch + work.rules.length), k * c * table)
-  net.reduce(cost, work.split(work.rules.batch + work.rules.loss_length), k * 4 * table)
+    net.send(cost, axis, "all-gather", k * c * table)  # The head, whose gradient is float32.
+    net.send(cost, axis, "reduce-scatter", k * 4 * table)
+    net.send(cost, axis, "all-to-all", 2 * x)  # Columns of the embedding, and their gradients.
+  # By all that have tokens of the loss, or look any up.
+  net.reduce(cost, others(work.rules.batch + work.rules.loss_length), k * 4 * table / fsdp)
+  net.reduce(cost, others(work.rules.batch + work.rules.length), k * work.param_width * table / fsdp)
   for axis in work.split(work.rules.vocab):
     net.send(cost, axis, "all-reduce", x + x * 4 / c)  # What was looked up, and the gradient before the head.
     if axis in work.rules.residual:

@@ -1,13 +1,20 @@
 """What train.rehearse refuses, keeps and says. What needs the TPU compiler is slow, or skipped."""
+import collections
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from configs.tiny import get_config
+from data.flags import override
+from model.sharding import abstract_mesh
+from model.transformer import abstract_params
 from tests.tiny import ROOT
 from train import rehearse
 from train.rehearsals import render, render_side_by_side, row
@@ -165,6 +172,24 @@ def test_the_step_of_a_run_is_compiled_for_tpus(tmp_path):
 def test_mistakes_exit_2_in_one_line(args, words):
   done = command("--config=configs/tiny.py", *args)
   assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+@COMPILER
+def test_what_goes_between_slices_is_seen(tmp_path):
+  sizes = dict(d_model=512, n_heads=4, d_ff=1024)  # Their slices fill tiles.
+  done = command("--config=configs/tiny.py", "--topology=v5e:2x2", "--slices=2", "--config.mesh.data=2",
+                 "--config.mesh.fsdp=4", f"--config.data.cache_path={tmp_path}", "--json",
+                 *(f"--config.model.{name}={size}" for name, size in sizes.items()))
+  [report] = json.loads(done.stdout)["reports"]
+  sent = collections.Counter()
+  for t in report["transfers"]:
+    sent[t["kind"], *t["axes"]] += t["wire_bytes"]
+  cfg = override(get_config(), [f"model.{name}={size}" for name, size in sizes.items()]).validate()
+  leaves = jax.tree.leaves(abstract_params(cfg.model, abstract_mesh(fsdp=4))[1])
+  held = sum(math.prod(a.sharding.shard_shape(a.shape)) for a in leaves)
+  assert sent["all-reduce", "data"] == pytest.approx(4 * held, rel=0.02)  # A device's part of the gradients.
+  assert report["chips"] == 8 and report["slices"] == 2
 
 
 @pytest.mark.slow

@@ -159,12 +159,28 @@ def test_the_wire_carries_one_at_a_time():
   assert [t.exposed_s for t in timeline.transfers] == pytest.approx([0.0, 0.5e-6])
 
 
-def test_between_slices_it_is_the_slow_network():
-  entry = """  %p = f32[8] parameter(0)
-  ROOT %r = f32[1024] all-reduce(%p), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add"""
-  slow = Wire({"data": 2, "fsdp": 4}, 1e9, ("data",), 1e6)
-  assert read_timeline(program(entry), WIRE, CLOCK).exposed_s == pytest.approx(4096e-9)
-  assert read_timeline(program(entry), slow, CLOCK).exposed_s == pytest.approx(4096e-6)
+@pytest.mark.parametrize("cycles, waited", [(1_000_000, 3096e-6), (9_000_000, 0.0)])
+def test_between_slices_it_is_the_slow_network(cycles, waited):
+  """As XLA:TPU writes it: a send and a recv of one name, the links free meanwhile. Both devices of 2 slices
+  send half of 4096 bytes twice."""
+  name = ('frontend_attributes={_xla_host_transfer_rendezvous="psum.3_0",'
+          '_xla_megascale_transfer_type="ALL_REDUCE"}')
+  entry = f"""  %p = f32[1024] parameter(0)
+  %first = token[] after-all()
+  %s = (f32[1024], u32[], token[]) send(%p, %first), channel_id=3, is_host_transfer=true, {name}
+  %r = (f32[1024], u32[], token[]) recv(%first), channel_id=2, is_host_transfer=true, {name}
+  %g = f32[1024] all-gather(%p), {GROUPS}, dimensions={{0}}
+  %w = f32[8] fusion(%g), kind=kLoop, calls=%fused, {CYCLES(cycles)}
+  %sd = token[] send-done(%s), channel_id=3, is_host_transfer=true
+  %rd = (f32[1024], token[]) recv-done(%r), channel_id=2, is_host_transfer=true
+  ROOT %out = f32[1024] get-tuple-element(%rd), index=0"""
+  slow = Wire({"data": 2, "fsdp": 4}, 1e9, 2, "data", 1e6)
+  timeline = read_timeline(program(entry, FUSED), slow, CLOCK)
+  between, links = timeline.transfers
+  assert (between.kind, between.axes, between.asynchronous) == ("all-reduce", ("data",), True)
+  assert between.wire_bytes == 4096 and between.wire_s == pytest.approx(4096e-6)
+  assert between.exposed_s == pytest.approx(max(waited - 3.072e-6, 0))
+  assert links.exposed_s == pytest.approx(3.072e-6) and links.axes == ("fsdp",)
 
 
 @pytest.mark.parametrize("text, want", [

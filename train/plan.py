@@ -140,13 +140,14 @@ def _fastest(overrides, base, chip, n, estimate):
 
 
 def _ranked(plans):
-  """Fastest first. Of steps that are equally long within what is modelled, those first that send less."""
-  sent = lambda plan: sum(plan.step.wire_s.values())
+  """Fastest first. Of steps that are equally long within what is modelled, those first that send less, to two
+  digits, and then those that hold less."""
+  sent = lambda plan: float(f"{sum(plan.step.wire_s.values()):.2g}")
   ranked, rest = [], sorted(plans, key=lambda plan: plan.step.step_s)
   while rest:
     limit = rest[0].step.step_s * (1 + SAME)
     alike = [plan for plan in rest if plan.step.step_s <= limit]
-    ranked += sorted(alike, key=lambda plan: (round(sent(plan), 6), plan.peak))
+    ranked += sorted(alike, key=lambda plan: (sent(plan), plan.peak))
     rest = rest[len(alike):]
   return ranked
 

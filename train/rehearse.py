@@ -138,7 +138,6 @@ class Target:
   name: str  # Of its chip in train/chips.py.
   chip: object
   mesh: object
-  slow_axes: tuple[str, ...]
 
 
 def chips_in(topology: str) -> int:
@@ -173,7 +172,7 @@ def find_target(cfg, topology: str) -> Target:
     raise ValueError(f"--topology={topology}: {str(e)[:300]}") from None
   cfg.validate(len(devices))
   mesh = make_mesh(devices=devices, **dataclasses.asdict(cfg.mesh))
-  return Target(topology, name, CHIP[name], mesh, (cfg.mesh.slice_axis,) if cfg.mesh.slices > 1 else ())
+  return Target(topology, name, CHIP[name], mesh)
 
 
 @contextlib.contextmanager
@@ -285,7 +284,8 @@ def describe(cfg, target: Target, compiled: Compiled) -> dict:
   if compiled.text is None:
     return report | read_exhausted(compiled.error)
   program = Program(compiled.text)
-  wire = Wire(dict(target.mesh.shape), 2 * chip.link_bandwidth, target.slow_axes, chip.dcn_bandwidth)
+  wire = Wire(dict(target.mesh.shape), 2 * chip.link_bandwidth, cfg.mesh.slices, cfg.mesh.slice_axis,
+              chip.dcn_bandwidth)
   pairs = [min(w or cfg.seq_len, cfg.seq_len) / cfg.seq_len for w in cfg.model.windows]
   visible = sum(w - w * w / 2 for w in pairs) / len(pairs)
   timeline = read_timeline(program, wire, clock, visible=visible)

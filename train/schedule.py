@@ -9,6 +9,8 @@ import math
 import re
 import typing
 
+import numpy as np
+
 from train.hlo import KINDS, Collective, Op, Program, product_flops, read_collective, read_shapes
 
 # Of splash attention's kernels the products of [T, H] with [H, T] that each makes of a pair of blocks.
@@ -55,15 +57,37 @@ class Wire(typing.NamedTuple):
   """How fast collectives are."""
   mesh_shape: dict[str, int]
   ring_bytes_per_s: float  # Both directions of one ring of links.
-  slow_axes: tuple[str, ...] = ()  # Those that go over the network between slices,
+  slices: int = 1
+  slice_axis: str = "data"  # That goes over the network between the slices, they varying slowest,
   slow_bytes_per_s: float = 1.0  # and its bandwidth for one device.
 
   def seconds(self, c: Collective) -> float:
     """Of `rings` in parallel where the compiler says that it uses so many (a torus has one a dimension)."""
-    if set(c.axes(self.mesh_shape)) & set(self.slow_axes):
+    if c.op.kind == "send":
       return c.wire_bytes / self.slow_bytes_per_s
     rings = re.search(r"StrategyND\{colors:(\d+)", c.op.rest)
     return c.wire_bytes / self.ring_bytes_per_s / (int(rings[1]) if rings else 1)
+
+
+  def read_between_slices(self, ops: dict[str, Op], op: Op) -> Collective | None:
+    """What a `send` to the network between slices is a part of. What it gives is in the `recv` of the same
+    name; who takes part is not said, but is the same device of each slice."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest)
+    if op.kind != "send" or found is None:
+      return None
+    arrived = next((other for other in ops.values()
+                    if other.kind == "recv" and rendezvous(other) == rendezvous(op)), op)
+    shape = [n for axis, size in self.mesh_shape.items()
+             for n in ((self.slices, size // self.slices) if axis == self.slice_axis else (size,))]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    groups = np.moveaxis(ids, list(self.mesh_shape).index(self.slice_axis), -1).reshape(-1, self.slices)
+    kind = found[1].lower().replace("_", "-")
+    return Collective(kind, arrived.shapes[:1], groups, rendezvous(op), op)
+
+
+def rendezvous(op: Op) -> str:
+  """The name by which the two sides of a transfer between slices find each other; "" is none."""
+  return (re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', op.rest) or ["", ""])[1]
 
 
 def read_timeline(program: Program, wire: Wire, clock_hz: float, *, visible: float = 0.5) -> Timeline:
@@ -86,7 +110,8 @@ class _Walk:
 
   def run(self, computation, times):
     """(cycles, seconds of waiting) of one run of a computation that runs `times` times a step."""
-    cycles = waited = wire_free = 0.0
+    cycles = waited = 0.0
+    wire_free = {}  # Of links, and of the network between slices: when they are.
     pending = {}  # Name of a start, or its channel -> (transfer, end, cycles at the start).
     now = lambda: cycles / self.clock_hz + waited
 
@@ -110,7 +135,7 @@ class _Walk:
         more, wait = self.run(op.called("to_apply")[0], times)
         cycles, waited = cycles + more, waited + wait
         continue
-      role, key, found = self.role(op)
+      role, key, found = self.role(ops, op)
       if role == "end" and key in pending:
         transfer, end, before = pending.pop(key)
         wait = max(0.0, end - now())
@@ -119,21 +144,27 @@ class _Walk:
         transfer.overlap_s += (cycles - before) / self.clock_hz * times
       elif role in ("start", "whole"):
         transfer, seconds = self.transfer(ops, found, role == "start", times)
-        wire_free = max(now(), wire_free) + seconds
+        wire = op.kind == "send"
+        end = wire_free[wire] = max(now(), wire_free.get(wire, 0.0)) + seconds
         if role == "start":
-          pending[key] = transfer, wire_free, cycles
+          pending[key] = transfer, end, cycles
         else:
-          transfer.exposed_s += (wire_free - now()) * times
-          waited += wire_free - now()
+          transfer.exposed_s += (end - now()) * times
+          waited += end - now()
       if role is None:
         cycles += self.cycles(ops, op, times)
     return cycles, waited
 
-  def role(self, op: Op):
+  def role(self, ops: dict[str, Op], op: Op):
     """(what an operation is to collectives, by what its start and end find each other, those that it has):
     "start", "end", "whole" (synchronous), or None: compute, perhaps with a collective under way in it."""
     if op.kind in ENDS:
       return "end", next(iter(op.operands), None), []
+    if op.kind == "recv-done" and op.operands[0] in ops:
+      return "end", rendezvous(ops[op.operands[0]]), []
+    between = self.wire.read_between_slices(ops, op)
+    if between is not None:
+      return "start", between.name, [between]
     one = read_collective(op)
     if one is not None:
       return ("start" if op.kind.endswith("-start") else "whole"), op.name, [one]

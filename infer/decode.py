@@ -105,6 +105,11 @@ class Generator:
     for i, (prompt, setting) in enumerate(zip(prompts, settings)):
       if not len(prompt):
         raise ValueError(f"prompt {i} is empty: start it with the tokenizer's bos_id")
+      length, longest = len(prompt) + setting.max_tokens, self.cfg.max_length
+      if length > (longest or length):
+        raise ValueError(f"prompt {i}: its {len(prompt)} tokens and max_tokens={setting.max_tokens} are more "
+                         f"than the model.max_length={longest} positions of the model; nearest valid "
+                         f"max_tokens: {longest - len(prompt)}")
       if bad := [t for t in prompt if not 0 <= t < self.cfg.vocab_size]:
         raise ValueError(f"prompt {i}: token {bad[0]} is outside the vocabulary of {self.cfg.vocab_size}")
       setting.validate()

@@ -8,13 +8,17 @@ from model.context import CONTEXT
 from model.kernels.attention import KERNEL, UNALIGNED, Mask
 from model.layers import NORM, bias, lift, linear, read, weight
 from model.lookup import lookup
-from model.positions import rope
+from model.positions import turn
 from model.sharding import on_devices
 
 
-def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None):
+def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None, kv_heads="kv_heads"):
   """The configured kernel on each device's own rows and heads, after the cache has taken the new keys and
   values.
+
+  Args:
+    v_BTKH: None where the first cfg.kv_lora_rank numbers of a key are its value.
+    kv_heads: the logical axis of K; None: one head, of which every device has all.
 
   Returns:
     (out_BTNH, cache).
@@ -22,15 +26,17 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None):
   impl, rules = cfg.attention_impl, cfg.rules
   impl = impl if cache is None else UNALIGNED.get(impl, impl)
   kernel = lookup(KERNEL, impl, "model.attention_impl")
-  settings = dict(scale=cfg.head_dim**-0.5, cap=cfg.attention_softcap)
+  settings = dict(scale=cfg.scale, cap=cfg.attention_softcap)
+  own_heads = lambda x, n: _own_heads(cfg, x, n) if kv_heads == "kv_heads" else x
 
   def local(q_btnh, k_btkh, v_btkh, pos_bt, segment_bt, cache):
     if cache is not None:
       cache, k_bskh, v_bskh, pos_bs, segment_bs = cache.update(k_btkh, v_btkh, pos_bt, segment_bt)
       mask = Mask(pos_bt, segment_bt, pos_bs, segment_bs, window, aligned=False)
-      k_bskh, v_bskh = (_own_heads(cfg, x, q_btnh.shape[2]) for x in (k_bskh, v_bskh))
+      v_bskh = k_bskh[..., :cfg.kv_lora_rank] if v_bskh is None else v_bskh
+      k_bskh, v_bskh = (own_heads(x, q_btnh.shape[2]) for x in (k_bskh, v_bskh))
       return kernel(q_btnh, k_bskh, v_bskh, mask, **settings), cache
-    k_btkh, v_btkh = (_own_heads(cfg, x, q_btnh.shape[2]) for x in (k_btkh, v_btkh))
+    k_btkh, v_btkh = (own_heads(x, q_btnh.shape[2]) for x in (k_btkh, v_btkh))
     if rules.length and jax.lax.axis_size(rules.length) > 1:
       return CONTEXT[cfg.context](rules.length, kernel, q_btnh, k_btkh, v_btkh, pos_bt, segment_bt, window,
                                   **settings), None
@@ -38,9 +44,10 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None):
     return kernel(q_btnh, k_btkh, v_btkh, mask, **settings), None
 
   bt, q, kv = (rules("batch", "length"), rules("batch", "length", "heads", None),
-               rules("batch", "length", "kv_heads", None))
+               rules("batch", "length", kv_heads, None))
   caches = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, cache)
-  return on_devices(local, (q, kv, kv, bt, bt, caches), (q, caches), check_vma=False)(
+  v = None if v_BTKH is None else kv
+  return on_devices(local, (q, kv, v, bt, bt, caches), (q, caches), check_vma=False)(
       q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache)
 
 
@@ -56,8 +63,7 @@ def _own_heads(cfg, x_bskh, n):
 
 
 class GQAttention(nnx.Module):
-  """Grouped-query attention (arXiv:2305.13245) with rotary positions; n_kv_heads = n_heads is MHA, 1 is
-  MQA."""
+  """Grouped-query attention (arXiv:2305.13245); n_kv_heads = n_heads is MHA, 1 is MQA."""
 
   def __init__(self, cfg, window, *, rngs):
     D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
@@ -73,18 +79,19 @@ class GQAttention(nnx.Module):
     if cfg.out_bias:
       self.o_bias = bias(cfg, (D,), ("embed",))
     if cfg.qk_norm is not None:
-      self.q_norm, self.k_norm = NORM[cfg.qk_norm](cfg, H), NORM[cfg.qk_norm](cfg, H)
+      heads = ((N,), (K,)) if cfg.qk_norm_over == "all" else ((), ())
+      self.q_norm, self.k_norm = (lookup(NORM, cfg.qk_norm)(cfg, *n, H) for n in heads)
 
   def project(self, x_BTD, pos_BT):
     """(q_BTNH, k_BTKH, v_BTKH), turned to their positions."""
-    cfg = self.cfg
+    cfg, window = self.cfg, self.window
     q_BTNH, k_BTKH, v_BTKH = (linear(cfg, "BTD,DNH->BTNH", x_BTD, w) for w in (self.wq, self.wk, self.wv))
     if cfg.qkv_bias:
       q_BTNH, k_BTKH, v_BTKH = (x + lift(read(cfg, b), 4) for x, b in
                                 ((q_BTNH, self.q_bias), (k_BTKH, self.k_bias), (v_BTKH, self.v_bias)))
     if cfg.qk_norm is not None:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-    return rope(q_BTNH, pos_BT, cfg.rope_theta), rope(k_BTKH, pos_BT, cfg.rope_theta), v_BTKH
+    return turn(cfg, window, q_BTNH, pos_BT), turn(cfg, window, k_BTKH, pos_BT), v_BTKH
 
   def output(self, out_BTNH):
     out_BTD = linear(self.cfg, "BTNH,NHD->BTD", out_BTNH, self.wo)
@@ -98,4 +105,72 @@ class GQAttention(nnx.Module):
     return self.output(out_BTNH), cache
 
 
-ATTENTION = {"gqa": GQAttention}
+class MLAttention(nnx.Module):
+  """Multi-head latent attention (DeepSeek V2, arXiv:2405.04434): the keys and values of all heads are made
+  from one latent of R = kv_lora_rank numbers a token, and from a rotary key that the heads share.
+
+  P = qk_nope_head_dim and r = qk_rope_head_dim numbers make a head's H = head_dim. With a cache, which holds
+  latents and rotary keys, W_k and W_v are applied to queries and results instead (absorbed): all heads attend
+  to the latents themselves, as MQA with wide heads.
+  """
+
+  def __init__(self, cfg, window, *, rngs):
+    D, N, H, R, Q = cfg.d_model, cfg.n_heads, cfg.head_dim, cfg.kv_lora_rank, cfg.q_lora_rank
+    P, V, norm = cfg.qk_nope_head_dim, cfg.v_head_dim, lookup(NORM, cfg.norm)
+    self.cfg, self.window = cfg, window
+    if Q is None:
+      self.wq = weight(cfg, (D, N, H), ("embed", "heads", None), rngs, fan_in=D)
+    else:  # "embed" here and below is the rank: what FSDP splits.
+      self.wq_a = weight(cfg, (D, Q), ("embed", None), rngs, fan_in=D)
+      self.q_a_norm = norm(cfg, Q)
+      self.wq_b = weight(cfg, (Q, N, H), ("embed", "heads", None), rngs, fan_in=Q)
+    self.wkv_a = weight(cfg, (D, R + cfg.qk_rope_head_dim), ("embed", None), rngs, fan_in=D)
+    self.kv_a_norm = norm(cfg, R)
+    self.wk_b = weight(cfg, (R, N, P), ("embed", "heads", None), rngs, fan_in=R)
+    self.wv_b = weight(cfg, (R, N, V), ("embed", "heads", None), rngs, fan_in=R)
+    self.wo = weight(cfg, (N, V, D), ("heads", None, "embed"), rngs, fan_in=N * V, residual=True)
+    if cfg.out_bias:
+      self.o_bias = bias(cfg, (D,), ("embed",))
+
+  def project(self, x_BTD, pos_BT):
+    """(q_BTNP and q_BTNr, the second turned; latent_BTR; the shared keys k_BT1r, turned)."""
+    cfg, window, P, R = self.cfg, self.window, self.cfg.qk_nope_head_dim, self.cfg.kv_lora_rank
+    if cfg.q_lora_rank is None:
+      q_BTNH = linear(cfg, "BTD,DNH->BTNH", x_BTD, self.wq)
+    else:
+      q_BTQ = self.q_a_norm(linear(cfg, "BTD,DQ->BTQ", x_BTD, self.wq_a))
+      q_BTNH = linear(cfg, "BTQ,QNH->BTNH", q_BTQ, self.wq_b)
+    kv_BTR = linear(cfg, "BTD,DR->BTR", x_BTD, self.wkv_a)
+    return (q_BTNH[..., :P], turn(cfg, window, q_BTNH[..., P:], pos_BT), self.kv_a_norm(kv_BTR[..., :R]),
+            turn(cfg, window, kv_BTR[:, :, None, R:], pos_BT))
+
+  def __call__(self, x_BTD, pos_BT, segment_BT, cache=None):
+    """Returns (out_BTD, cache); with a cache the tokens extend what it holds."""
+    cfg, where = self.cfg, (pos_BT, segment_BT)
+    q_BTNP, q_BTNr, latent_BTR, k_BT1r = self.project(x_BTD, pos_BT)
+    if cache is None:
+      k_BTNP = linear(cfg, "BTR,RNP->BTNP", latent_BTR, self.wk_b)
+      v_BTNH = linear(cfg, "BTR,RNH->BTNH", latent_BTR, self.wv_b)
+      q_BTNH, k_BTNH = (_beside(cfg, *parts) for parts in ((q_BTNP, q_BTNr), (k_BTNP, k_BT1r)))
+      out_BTNH, _ = attend(cfg, self.window, q_BTNH, k_BTNH, v_BTNH, *where, kv_heads="heads")
+    else:
+      q_BTNR = linear(cfg, "BTNP,RNP->BTNR", q_BTNP, self.wk_b)
+      k_BT1H = jnp.concatenate([latent_BTR[:, :, None], k_BT1r], axis=-1)
+      out_BTNR, cache = attend(cfg, self.window, _beside(cfg, q_BTNR, q_BTNr), k_BT1H, None, *where, cache,
+                               kv_heads=None)
+      out_BTNH = linear(cfg, "BTNR,RNH->BTNH", out_BTNR, self.wv_b)
+    return GQAttention.output(self, out_BTNH), cache
+
+
+def _beside(cfg, left_BTNP, right_BTnR):
+  """[B, T, N, P + R]; n is N, or 1 for what all heads share. On each device, for its own heads."""
+  def join(left, right):
+    return jnp.concatenate([left, jnp.broadcast_to(right, (*left.shape[:3], right.shape[3]))], axis=-1)
+
+  spec = lambda axis: cfg.rules("batch", "length", axis, None)
+  own = spec("heads")
+  return on_devices(join, (own, own if right_BTnR.shape[2] > 1 or cfg.n_heads == 1 else spec(None)), own)(
+      left_BTNP, right_BTnR)
+
+
+ATTENTION = {"gqa": GQAttention, "mla": MLAttention}

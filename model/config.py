@@ -2,6 +2,7 @@
 import dataclasses
 
 from model.lookup import check_choice
+from model.positions import magnitude
 from model.sharding import TRAIN, AxisRules
 
 # name -> (parameters, compute). Norms, softmax, router, loss and optimizer are always float32.
@@ -10,6 +11,25 @@ PRECISION = {
   "bf16": ("float32", "bfloat16"),  # float32 master weights: what TPU runs want.
   "pure_bf16": ("bfloat16", "bfloat16"),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+  """How rotary positions are stretched past the length that a model was trained at."""
+  kind: str = "none"  # A key of model.positions.SCALING: none | linear | dynamic | yarn | llama3 | longrope.
+  factor: float = 1.0  # How many times longer than original_length.
+  original_length: int | None = None  # Tokens of the rows in training; linear does without.
+  length: int | None = None  # Tokens of use, by which dynamic and longrope choose; original_length * factor.
+  low_freq_factor: float = 1.0  # llama3: waves longer than original_length over this are stretched,
+  high_freq_factor: float = 4.0  # those shorter than original_length over this are not.
+  beta_fast: float = 32.0  # yarn: what turns so often in original_length is not stretched,
+  beta_slow: float = 1.0  # what turns so often or less is.
+  truncate: bool = True  # yarn: to whole dims between those two.
+  mscale: float | None = None  # yarn (DeepSeek): of the rotary part's magnitude,
+  mscale_all_dim: float | None = None  # and of the whole head's; None is 0.
+  attention_factor: float | None = None  # yarn, longrope: times cos and sin; None: of the factor.
+  short_factors: tuple[float, ...] = ()  # longrope: of each frequency, where length is within the original,
+  long_factors: tuple[float, ...] = ()  # and beyond it.
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)
@@ -28,8 +48,9 @@ class ModelConfig:
   context: str = "gather"  # Keys on other devices, where rules.length splits rows: model.context.CONTEXT.
   ffn: str = "swiglu"  # model.ffn.FFN, or "module:Class". "moe" is a mixture of SwiGLU experts.
   norm: str = "rmsnorm"  # model.layers.NORM.
-  norm_position: str = "pre"  # pre | post | both (Gemma 2).
-  qk_norm: str | None = None  # A key of NORM, over each head (Qwen 3); None is off.
+  norm_position: str = "pre"  # pre | post | both (Gemma 2) | branch (OLMo 2).
+  qk_norm: str | None = None  # A key of NORM, of queries and keys (Qwen 3); None is off.
+  qk_norm_over: str = "head"  # head: over each; all: over the numbers of all heads together (OLMo 2).
   head: str = "untied"  # untied | tied to the embedding.
   qkv_bias: bool = False
   out_bias: bool = False
@@ -37,10 +58,21 @@ class ModelConfig:
 
   window: int | None = None  # Tokens that a "local" layer sees, itself included; None is off.
   layer_pattern: tuple[str, ...] | None = None  # Of local | global, repeated over the layers.
+  q_lora_rank: int | None = None  # The next 5 are of attention="mla"; None: one matrix makes the queries.
+  kv_lora_rank: int | None = None  # Numbers of a token's latent, from which its keys and values are made.
+  qk_nope_head_dim: int | None = None  # Of a head's queries and keys, those that do not turn,
+  qk_rope_head_dim: int | None = None  # and those that turn, whose keys all heads share.
+  v_head_dim: int | None = None
+  attention_scale: float | None = None  # Times the logits; 1/sqrt(head_dim) (see `scale`).
   attention_softcap: float | None = None  # cap * tanh(logits / cap); None is off.
   logit_softcap: float | None = None  # The same for the output logits.
   embed_scale: float | None = None  # Multiplies the embeddings (Gemma: sqrt(d_model)); None is off.
+  positions: str = "rope"  # rope | learned (GPT-2) | none.
+  max_length: int | None = None  # learned only: positions in the table.
   rope_theta: float = 10_000.0
+  rope_theta_local: float | None = None  # Of "local" layers, which rope_scaling then leaves; rope_theta.
+  rotary_dim: int | None = None  # Of a head the first dims, which turn; head_dim.
+  rope_scaling: RopeScaling = RopeScaling()
   norm_eps: float = 1e-6
   dropout: float = 0.0  # On the embedding and on each residual branch.
 
@@ -52,13 +84,14 @@ class ModelConfig:
   remat: str = "none"  # A key of model.transformer.REMAT.
   unroll: int = 1  # Groups of layers per scan iteration: more compiles longer, and may run faster.
 
-  n_experts: int | None = None  # The next 13 are read by ffn="moe" only.
+  n_experts: int | None = None  # The next 14 are read by ffn="moe" only.
   n_experts_per_token: int | None = None
   d_expert: int | None = None  # Hidden width of one expert; d_ff.
   n_shared_experts: int = 0  # Experts that see every token, as one SwiGLU of their summed width.
   n_dense_layers: int = 0  # The first layers, whose feed-forward is a SwiGLU of d_ff.
   router: str = "softmax"  # softmax (Mixtral) | sigmoid (DeepSeek V3): model.moe.ROUTER.
   router_bias: bool = False  # A bias that only selects, moved towards even loads (arXiv:2408.15664).
+  router_normalize: bool = True  # The weights of a token's experts sum to 1 (DeepSeek V2: as they come).
   n_expert_groups: int | None = None  # Of equal size; a token goes to n_groups_per_token of them.
   n_groups_per_token: int | None = None
   routed_scale: float = 1.0  # Times the weights of the routed experts (DeepSeek V3: 2.5).
@@ -81,6 +114,31 @@ class ModelConfig:
     """The window of each layer of one group of the pattern."""
     return tuple(self.window if kind == "local" else None for kind in self.layer_pattern)
 
+  @property
+  def latent(self) -> bool:
+    """Keys and values are made from a latent of each token (model.attention.MLAttention)."""
+    return self.attention == "mla" or self.kv_lora_rank is not None
+
+  @property
+  def value_dim(self) -> int:
+    """Numbers of a head's value."""
+    return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+  @property
+  def turned_dim(self) -> int:
+    """Of a head's numbers those that turn with the position."""
+    return self.qk_rope_head_dim if self.latent else self.rotary_dim or self.head_dim
+
+  @property
+  def scale(self) -> float:
+    """What the logits of attention are multiplied by."""
+    if self.attention_scale is not None:
+      return self.attention_scale
+    scaling, scale = self.rope_scaling, self.head_dim**-0.5
+    if self.latent and scaling.kind == "yarn" and scaling.mscale_all_dim:
+      scale *= magnitude(scaling.factor, scaling.mscale_all_dim) ** 2  # DeepSeek V2, V3.
+    return scale
+
   def validate(self) -> "ModelConfig":
     """Resolves what is derived from values in their ranges (train.config has them). Pure arithmetic:
     `check_names` looks the names up.
@@ -94,15 +152,15 @@ class ModelConfig:
       raise ValueError(f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads="
                        f"{self.n_kv_heads}; nearest valid n_kv_heads: "
                        f"{_nearest_divisors(self.n_heads, self.n_kv_heads)}")
+    if self.latent:
+      self._validate_latent()
     if self.head_dim is None:
       if self.d_model % self.n_heads:
         raise ValueError(f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}: "
                          "nearest valid: model.head_dim, or n_heads "
                          f"{_nearest_divisors(self.d_model, self.n_heads)}")
       self.head_dim = self.d_model // self.n_heads
-    if self.head_dim % 2:
-      raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs; "
-                       f"nearest valid: {self.head_dim - 1 or 2}, {self.head_dim + 1}")
+    self._validate_positions()
     if self.d_ff is None:
       gated = self.ffn in ("swiglu", "geglu", "moe")
       self.d_ff = -(-(8 * self.d_model if gated else 12 * self.d_model) // 3 // 128) * 128
@@ -111,6 +169,50 @@ class ModelConfig:
     if self.ffn == "moe":
       self._validate_experts()
     return self
+
+  def _validate_latent(self):
+    for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+      if getattr(self, name) is None:
+        raise ValueError(f"model.attention={self.attention!r} needs model.{name}; DeepSeek V3 has "
+                         "kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128")
+    width = self.qk_nope_head_dim + self.qk_rope_head_dim
+    self.head_dim = width if self.head_dim is None else self.head_dim
+    for name, valid in (("head_dim", width), ("n_kv_heads", self.n_heads), ("rotary_dim", None),
+                        ("qkv_bias", False), ("qk_norm", None)):
+      if (value := getattr(self, name)) != valid:
+        raise ValueError(f"model.{name}={value!r} contradicts model.attention={self.attention!r}; nearest "
+                         f"valid: {valid!r}")
+
+  def _validate_positions(self):
+    scaling, dim = self.rope_scaling, self.turned_dim
+    name = "qk_rope_head_dim" if self.latent else "rotary_dim" if self.rotary_dim else "head_dim"
+    check_choice("model.positions", self.positions, ("rope", "learned", "none"))
+    check_choice("model.qk_norm_over", self.qk_norm_over, ("head", "all"))
+    if (self.positions == "learned") != (self.max_length is not None):
+      raise ValueError(f"model.positions={self.positions!r} and model.max_length={self.max_length}: the "
+                       "length is of a table of learned positions; nearest valid: both, or neither")
+    if self.positions == "rope" and dim % 2:
+      raise ValueError(f"model.{name}={dim} must be even: rotary positions turn pairs; "
+                       f"nearest valid: {dim - 1 or 2}, {dim + 1}")
+    if dim > self.head_dim:
+      raise ValueError(f"model.rotary_dim={dim} is more than model.head_dim={self.head_dim}; nearest valid: "
+                       f"{self.head_dim}")
+    if self.rope_theta_local is not None and self.window is None:
+      raise ValueError(f"model.rope_theta_local={self.rope_theta_local} is of 'local' layers, and "
+                       "model.window=None makes none; nearest valid: None")
+    where = f"model.rope_scaling.kind={scaling.kind!r}"
+    if scaling.kind not in ("none", "linear") and scaling.original_length is None:
+      raise ValueError(f"{where} needs model.rope_scaling.original_length, the tokens of a row in training")
+    if scaling.kind == "dynamic" and dim == 2 or scaling.kind == "yarn" and self.rope_theta <= 1:
+      raise ValueError(f"{where} has no formula for model.{name}={dim} and model.rope_theta="
+                       f"{self.rope_theta}; nearest valid kind: 'linear'")
+    if scaling.kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+      raise ValueError(f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below "
+                       f"high_freq_factor={scaling.high_freq_factor}; nearest valid: 1.0 and 4.0")
+    for factors in ("short_factors", "long_factors"):
+      if scaling.kind == "longrope" and len(getattr(scaling, factors)) != dim // 2:
+        raise ValueError(f"model.rope_scaling.{factors} has {len(getattr(scaling, factors))} numbers, but "
+                         f"model.{name}={dim} is {dim // 2} pairs; nearest valid: {dim // 2} numbers")
 
   def _validate_experts(self):
     """The mixture of experts, of which n_experts and n_experts_per_token must be given."""

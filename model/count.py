@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 # The first word of a parameter's path that is here names its part.
-PARTS = {"embed": "embedding", "unembed": "head", "attention": "attention", "ffn": "ffn"}
+PARTS = {"embed": "embedding", "position_embed": "embedding", "unembed": "head", "attention": "attention",
+         "ffn": "ffn"}
 
 
 def count_parameters(params) -> dict[str, int]:
@@ -37,7 +38,8 @@ def active_parameters(cfg, params) -> int:
 
 def flops_per_token(cfg, seq_len: int, n_params: int, *, causal: bool = True) -> float:
   """FLOPs of training (forward and backward) per token: 6 per parameter that multiplies, which the head does
-  and the embedding look-up does not, and 12 per head dimension and query-key pair. Remat does not count.
+  and the embedding look-up does not, and 12 per head dimension and query-key pair, half of them of the
+  value's. Remat does not count.
 
   Args:
     cfg: a validated ModelConfig.
@@ -46,8 +48,14 @@ def flops_per_token(cfg, seq_len: int, n_params: int, *, causal: bool = True) ->
     causal: count the pairs that the mask and the window let through; False: all T * T, as a kernel without
       blocks computes them.
   """
-  looked_up = 0 if cfg.head == "tied" else cfg.padded_vocab_size * cfg.d_model
-  return 6 * (n_params - looked_up) + 12 * cfg.n_heads * cfg.head_dim * _keys_per_query(cfg, seq_len, causal)
+  widths = 6 * cfg.n_heads * (cfg.head_dim + cfg.value_dim)
+  return 6 * (n_params - looked_up(cfg)) + widths * _keys_per_query(cfg, seq_len, causal)
+
+
+def looked_up(cfg) -> int:
+  """Parameters of which a token reads a row, and multiplies nothing."""
+  rows = (0 if cfg.head == "tied" else cfg.padded_vocab_size) + (cfg.max_length or 0)
+  return rows * cfg.d_model
 
 
 def _keys_per_query(cfg, seq_len, causal):
@@ -60,11 +68,11 @@ def _keys_per_query(cfg, seq_len, causal):
 def cache_bytes(cfg, length: int) -> int:
   """Bytes of keys and values that one sequence of `length` tokens holds; local layers keep their window."""
   slots = sum(min(window or length, length) for window in cfg.windows) * cfg.n_layers // len(cfg.windows)
-  return 2 * slots * cfg.n_kv_heads * cfg.head_dim * jnp.dtype(cfg.compute_dtype).itemsize
+  numbers = cfg.kv_lora_rank + cfg.turned_dim if cfg.latent else 2 * cfg.n_kv_heads * cfg.head_dim
+  return slots * numbers * jnp.dtype(cfg.compute_dtype).itemsize
 
 
 def decode_bytes_per_token(cfg, n_params: int, batch: int, length: int) -> float:
   """Bytes read from memory to make one token: the weights, shared by the batch, and the sequence's own cache.
   Times tokens per second it is the bandwidth in use."""
-  looked_up = 0 if cfg.head == "tied" else cfg.padded_vocab_size * cfg.d_model
-  return (n_params - looked_up) * jnp.dtype(cfg.compute_dtype).itemsize / batch + cache_bytes(cfg, length)
+  return (n_params - looked_up(cfg)) * jnp.dtype(cfg.compute_dtype).itemsize / batch + cache_bytes(cfg, length)

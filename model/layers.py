@@ -50,6 +50,8 @@ def linear(cfg, equation, x, param):
   split dim (Megatron's row-parallel product, arXiv:1909.08053) it ends on every device, or each has its part
   of the length, as the residual stream does (reduce-scatter: sequence parallelism, arXiv:2205.05198).
 
+  What is gathered is whole in the result too, if it is a dim of that.
+
   B and T go in as one dim: over two dims XLA:CPU sums a weight's gradient only after it has copied the
   operands transposed, into a slower product.
   """
@@ -74,8 +76,8 @@ def linear(cfg, equation, x, param):
     y = y.reshape(b, t, *y.shape[1:])
     return sum_over(y, over, finer)
 
-  if axes[-1] == "embed":
-    place[right[-1]] = None
+  if dim is not None:
+    place[right[dim]] = None
   spec = jax.P(*(place[letter] for letter in out))
   y = on_devices(local, (x_spec, w_spec), spec)(x, w)
   to_residual = axes[-1] == "embed" and place["T"] != rules("residual")[0]
@@ -136,35 +138,48 @@ def lift(v, ndim):
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) * scale in float32 (arXiv:1910.07467)."""
+  """x / rms(x) * scale in float32 (arXiv:1910.07467), over the last dims, whose sizes are given."""
 
-  def __init__(self, cfg, dim):
-    self.eps = cfg.norm_eps
-    self.scale = nnx.Param(jnp.ones((dim,), jnp.dtype(cfg.param_dtype)), axes=(None,))
+  def __init__(self, cfg, *dims):
+    self.eps, self.over = cfg.norm_eps, tuple(range(-len(dims), 0))
+    self.scale = nnx.Param(jnp.ones(dims, jnp.dtype(cfg.param_dtype)), axes=(None,) * len(dims))
 
   def __call__(self, x):
     x32 = x.astype(jnp.float32)  # The mean square of bf16 loses 3 digits.
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=self.over, keepdims=True) + self.eps)
     return (x32 * inverse * lift(self.scale[...].astype(jnp.float32), x.ndim)).astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
-  """(x - mean) / std * scale + bias in float32 (arXiv:1607.06450)."""
+class RMSNormPlus1(RMSNorm):
+  """x / rms(x) * (1 + scale): weights decay towards 1 (Gemma)."""
 
-  def __init__(self, cfg, dim):
-    self.eps = cfg.norm_eps
-    self.scale = nnx.Param(jnp.ones((dim,), jnp.dtype(cfg.param_dtype)), axes=(None,))
-    self.bias = bias(cfg, (dim,), (None,))
+  def __init__(self, cfg, *dims):
+    super().__init__(cfg, *dims)
+    self.scale = nnx.Param(jnp.zeros(dims, jnp.dtype(cfg.param_dtype)), axes=(None,) * len(dims))
 
   def __call__(self, x):
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=self.over, keepdims=True) + self.eps)
+    return (x32 * inverse * (1 + lift(self.scale[...].astype(jnp.float32), x.ndim))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """(x - mean) / std * scale + bias in float32 (arXiv:1607.06450), over the last dims."""
+
+  def __init__(self, cfg, *dims):
+    self.eps, self.over = cfg.norm_eps, tuple(range(-len(dims), 0))
+    self.scale = nnx.Param(jnp.ones(dims, jnp.dtype(cfg.param_dtype)), axes=(None,) * len(dims))
+    self.bias = bias(cfg, dims, (None,) * len(dims))
+
+  def __call__(self, x):
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=self.over, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=self.over, keepdims=True) + self.eps)
     scale, shift = (lift(p[...].astype(jnp.float32), x.ndim) for p in (self.scale, self.bias))
     return (centred * inverse * scale + shift).astype(x.dtype)
 
 
-NORM = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORM = {"rmsnorm": RMSNorm, "rmsnorm_plus1": RMSNormPlus1, "layernorm": LayerNorm}
 
 
 def dropout(x, rate, key):

@@ -95,7 +95,8 @@ def route(cfg, logits_nE, bias_E):
     select_nE = _limit_groups(select_nE, cfg.n_expert_groups, cfg.n_groups_per_token, n_best)
   ids_nk = jax.lax.top_k(select_nE, cfg.n_experts_per_token)[1]
   weights_nk = jnp.take_along_axis(score_nE, ids_nk, axis=-1)
-  if cfg.n_experts_per_token > 1:  # A single weight stays (Switch): 1 would not depend on the router.
+  # A single weight stays (Switch): 1 would not depend on the router.
+  if cfg.router_normalize and cfg.n_experts_per_token > 1:
     weights_nk = weights_nk / (weights_nk.sum(-1, keepdims=True) + 1e-20)
   weights_nk = weights_nk * cfg.routed_scale
   return ids_nk, weights_nk, score_nE / (score_nE.sum(-1, keepdims=True) + 1e-20)

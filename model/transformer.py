@@ -15,7 +15,7 @@ from model.ffn import FFN
 from model.kernels.attention import HIDDEN, KERNEL
 from model.kernels.grouped import GROUPED
 from model.kernels.platform import AUTO
-from model.layers import INIT, NORM, dropout, embed_shards, lift, several, softcap, token_axes, weight
+from model.layers import INIT, NORM, dropout, embed_shards, lift, read, several, softcap, token_axes, weight
 from model.lookup import check_choice, lookup
 from model.moe import DISPATCH, ROUTER
 from model.pipeline import pipeline
@@ -45,6 +45,7 @@ NORM_POSITION = {
   "pre": lambda x, f, before, after: x + f(before(x)),
   "post": lambda x, f, before, after: after(x + f(x)),
   "both": lambda x, f, before, after: x + after(f(before(x))),
+  "branch": lambda x, f, before, after: x + after(f(x)),
 }
 HEAD = ("untied", "tied")
 
@@ -76,7 +77,7 @@ class Block(nnx.Module):
   def __init__(self, cfg, window, ffn, *, rngs):
     self.cfg = cfg
     norm = lookup(NORM, cfg.norm)
-    if cfg.norm_position != "post":
+    if cfg.norm_position in ("pre", "both"):
       self.attention_norm, self.ffn_norm = norm(cfg, cfg.d_model), norm(cfg, cfg.d_model)
     if cfg.norm_position != "pre":
       self.attention_post_norm, self.ffn_post_norm = norm(cfg, cfg.d_model), norm(cfg, cfg.d_model)
@@ -119,6 +120,8 @@ class Transformer(nnx.Module):
     self.cfg = cfg
     V, D = cfg.padded_vocab_size, cfg.d_model
     self.embed = weight(cfg, (V, D), ("vocab", "embed"), rngs, fan_in=D if cfg.head == "tied" else 1)
+    if cfg.positions == "learned":
+      self.position_embed = weight(cfg, (cfg.max_length, D), (None, "embed"), rngs, fan_in=1)
     n_dense = cfg.n_dense_layers
     if n_dense:
       self.first_blocks = _stacks(cfg, n_dense, "swiglu", rngs)
@@ -141,7 +144,7 @@ class Transformer(nnx.Module):
     cfg = self.cfg
     tokens_BT, pos_BT, segment_BT = self._split(tokens_BT, pos_BT, segment_BT)
     keys = None if key is None else jax.random.split(key, cfg.n_layers + 1)
-    x_BTD = dropout(self._embed(tokens_BT), cfg.dropout, None if key is None else keys[0])
+    x_BTD = dropout(self._embed(tokens_BT, pos_BT), cfg.dropout, None if key is None else keys[0])
     if cfg.n_dense_layers:
       first_keys = None if key is None else keys[1:cfg.n_dense_layers + 1]
       x_BTD, _ = self._scan(self.first_blocks, x_BTD, pos_BT, segment_BT, first_keys)
@@ -195,7 +198,7 @@ class Transformer(nnx.Module):
       (x_BTD before the head, caches).
     """
     tokens_BT, pos_BT, segment_BT = self._split(tokens_BT, pos_BT, segment_BT)
-    x_BTD, new_caches = self._embed(tokens_BT), []
+    x_BTD, new_caches = self._embed(tokens_BT, pos_BT), []
     for n, cache in enumerate(caches):
       blocks, i, pick = layer_place(self.cfg, n)
       graphdef, state = nnx.split(getattr(self, blocks)[i])
@@ -207,7 +210,7 @@ class Transformer(nnx.Module):
   def _split(self, *arrays_BT):
     return (jax.sharding.reshard(a, self.cfg.rules("batch", "length")) for a in arrays_BT)
 
-  def _embed(self, tokens_BT):
+  def _embed(self, tokens_BT, pos_BT):
     """Each device looks up what its slice of the vocabulary has; the sum over the slices has it all.
 
     Under FSDP a device has some of the columns of all rows. It looks those up for the tokens of all devices,
@@ -234,7 +237,15 @@ class Transformer(nnx.Module):
     x_BTD = on_devices(local, (spec, rules("batch", "length")), rules("batch", "length", None))(
         jax.sharding.reshard(self.embed[...], spec), tokens_BT)
     x_BTD = jax.sharding.reshard(x_BTD, rules("batch", "residual", None))
-    return x_BTD if cfg.embed_scale is None else x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+    if cfg.embed_scale is not None:
+      x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+    if cfg.positions != "learned":
+      return x_BTD
+    look_up = lambda table_PD, pos_bt: jnp.take(table_PD, pos_bt, axis=0, mode="clip")
+    spec = rules("batch", "length")
+    more_BTD = on_devices(look_up, (jax.P(), spec), rules("batch", "length", None))(
+        read(cfg, self.position_embed), pos_BT)
+    return x_BTD + jax.sharding.reshard(more_BTD, rules("batch", "residual", None))
 
   def _final(self, x_BTD):
     return self.final_norm(x_BTD) if self.cfg.norm_position != "post" else x_BTD

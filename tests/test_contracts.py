@@ -12,7 +12,20 @@ from flax import nnx
 from model.attention import ATTENTION
 from model.ffn import FFN
 from model.sharding import MESH_AXES, abstract_mesh
-from tests.tiny import MESHES, MOE, ROOT, T, V, model_config, packed_batch, put, tiny, trace_step, variants
+from tests.tiny import (
+    MESHES,
+    MOE,
+    ROOT,
+    T,
+    V,
+    model_config,
+    packed_batch,
+    put,
+    tiny,
+    trace_step,
+    variants,
+    with_attention,
+)
 from train.losses import loss_spec, next_token_loss
 from train.rehearse import chips_in, shipped
 
@@ -97,7 +110,7 @@ def tiny_run(**changes):
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_every_pair_traces_on_every_mesh(attention, ffn, mesh_name):
   """Ambiguous shardings are errors of the trace, so this needs no devices; the state keeps its shardings."""
-  cfg = tiny_run(attention=attention, **MOE if ffn == "moe" else dict(ffn=ffn))
+  cfg = tiny_run(**with_attention(attention), **MOE if ffn == "moe" else dict(ffn=ffn))
   cfg.mesh = dataclasses.replace(cfg.mesh, **({"fsdp": 1} | MESHES[mesh_name]))
   state, (after, metrics) = trace_step(cfg.validate(8), abstract_mesh(**MESHES[mesh_name]))
   assert metrics["loss"].shape == ()

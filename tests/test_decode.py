@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.kernels.attention import KERNEL, UNALIGNED
 from model.sharding import make_mesh, place
 from model.transformer import init_params
-from tests.tiny import MOE, experiment_classes, mesh_of, tiny, variants
+from tests.tiny import MOE, experiment_classes, mesh_of, tiny, variants, with_attention
 from tests.tiny import put as put_batch
 
 T = 144  # More than a block of keys of the chunked kernel, and many windows.
@@ -118,7 +118,7 @@ DECODED = [case for case in itertools.product([*ATTENTION, *experiment_classes("
 @pytest.mark.parametrize("attention, impl, cache", [*DECODED, *(("gqa", impl, "ring") for impl in UNALIGNED)])
 def test_decode_equals_the_forward_pass(attention, impl, cache):
   """However calls cut a row, at every position, past windows and blocks; and rows do not see each other."""
-  cfg = make_config(attention=attention, attention_impl=impl, **CACHES[cache])
+  cfg = make_config(**with_attention(attention), attention_impl=impl, **CACHES[cache])
   graphdef, params = make_params(cfg)
   rng = np.random.default_rng(1)
   tokens_BT = rng.integers(0, 300, (len(LENGTHS), T)).astype(np.int32)
@@ -308,8 +308,9 @@ def test_a_cancelled_request_gets_no_more_tokens(monkeypatch):
 @pytest.mark.parametrize("attention, ffn", [(a, "swiglu") for a in ATTENTION])
 def test_casting_weights_once_changes_no_bit(attention, ffn):
   """bf16: what is cast ahead is exactly what the forward pass casts at each use."""
-  cfg = make_config(precision="bf16", attention=attention, ffn=ffn, norm="layernorm", qk_norm="rmsnorm",
-                    qkv_bias=True, ffn_bias=True, out_bias=True)
+  more = {} if attention == "mla" else dict(qk_norm="rmsnorm", qk_norm_over="all", qkv_bias=True)
+  cfg = make_config(precision="bf16", ffn=ffn, norm="layernorm", ffn_bias=True, out_bias=True,
+                    **with_attention(attention), **more)
   graphdef, params = make_params(cfg)
   rng = np.random.default_rng(0)
   noisy = lambda a: (a + 0.1 * rng.normal(size=a.shape)).astype(np.float32)

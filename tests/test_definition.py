@@ -16,17 +16,55 @@ ACTIVATION = {
 ACTIVATION["geglu"] = ACTIVATION["gelu"]
 
 
-def norm(p, x, eps):
-  if "bias" in p:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt(x.var(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
-  return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"]
+def norm(kind, p, x, eps):
+  over = tuple(range(-p["scale"].ndim, 0))
+  if kind == "layernorm":
+    centred = x - x.mean(over, keepdims=True)
+    return centred / np.sqrt(x.var(over, keepdims=True) + eps) * p["scale"] + p["bias"]
+  return x / np.sqrt((x**2).mean(over, keepdims=True) + eps) * (p["scale"] + (kind == "rmsnorm_plus1"))
 
 
-def rotate(x, pos, theta):
-  half = x.shape[-1] // 2
-  turned = (x[:half] + 1j * x[half:]) * np.exp(1j * pos * theta ** (-np.arange(half) / half))
-  return np.concatenate([turned.real, turned.imag])
+def rotate(cfg, x, pos, local):
+  """A head at a position, pair by pair."""
+  if cfg.positions != "rope":
+    return x
+  x, own_base = x.copy(), local and cfg.rope_theta_local is not None
+  theta = cfg.rope_theta_local if own_base else cfg.rope_theta
+  dim = cfg.qk_rope_head_dim or cfg.rotary_dim or len(x)
+  for i in range(dim // 2):
+    freq, size = theta ** (-2 * i / dim), 1.0
+    if cfg.rope_scaling.kind != "none" and not own_base:
+      freq, size = SCALED[cfg.rope_scaling.kind](cfg.rope_scaling, freq, i, theta, dim)
+    turned = size * (x[i] + 1j * x[i + dim // 2]) * np.exp(1j * pos * freq)
+    x[i], x[i + dim // 2] = turned.real, turned.imag
+  return x
+
+
+def yarn(s, freq, i, theta, dim):
+  """Pair i: between those that turn beta_fast and beta_slow times in the original length."""
+  place = lambda turns: dim * np.log(s.original_length / (turns * 2 * np.pi)) / 2 / np.log(theta)
+  low, high = place(s.beta_fast), place(s.beta_slow)
+  if s.truncate:
+    low, high = np.floor(low), np.ceil(high)
+  low, high = max(low, 0), min(high, dim - 1)
+  stretched = min(max((i - low) / (high - low), 0), 1)
+  size = 0.1 * np.log(s.factor) * (s.mscale or 1) + 1
+  if s.mscale and s.mscale_all_dim:
+    size /= 0.1 * np.log(s.factor) * s.mscale_all_dim + 1
+  return stretched * freq / s.factor + (1 - stretched) * freq, size
+
+
+def llama3(s, freq, i, theta, dim):
+  wave = 2 * np.pi / freq
+  if wave < s.original_length / s.high_freq_factor:
+    return freq, 1.0
+  if wave > s.original_length / s.low_freq_factor:
+    return freq / s.factor, 1.0
+  smooth = (s.original_length / wave - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+  return (1 - smooth) * freq / s.factor + smooth * freq, 1.0
+
+
+SCALED = {"yarn": yarn, "llama3": llama3}
 
 
 def cap(x, limit):
@@ -35,22 +73,42 @@ def cap(x, limit):
 
 def attention(cfg, p, x, pos, segment, window):
   """One row, x [T, D]."""
-  T, N, K = len(x), cfg.n_heads, cfg.n_kv_heads
-  q, k, v = (np.tensordot(x, p[w], 1) + p.get(b, 0)
-             for w, b in (("wq", "q_bias"), ("wk", "k_bias"), ("wv", "v_bias")))
-  if cfg.qk_norm:
-    q, k = norm(p["q_norm"], q, cfg.norm_eps), norm(p["k_norm"], k, cfg.norm_eps)
-  q = [[rotate(q[t, n], pos[t], cfg.rope_theta) for n in range(N)] for t in range(T)]
-  k = [[rotate(k[t, n], pos[t], cfg.rope_theta) for n in range(K)] for t in range(T)]
-  out = np.zeros((T, N, cfg.head_dim))
+  T, N, K, local = len(x), cfg.n_heads, cfg.n_kv_heads, window is not None
+  if cfg.attention == "mla":
+    q, k, v = latent_attention(cfg, p, x, pos, local)
+  else:
+    q, k, v = (np.tensordot(x, p[w], 1) + p.get(b, 0)
+               for w, b in (("wq", "q_bias"), ("wk", "k_bias"), ("wv", "v_bias")))
+    if cfg.qk_norm:
+      q, k = (norm(cfg.qk_norm, p[name], a, cfg.norm_eps) for name, a in (("q_norm", q), ("k_norm", k)))
+    q = [[rotate(cfg, q[t, n], pos[t], local) for n in range(N)] for t in range(T)]
+    k = [[rotate(cfg, k[t, n], pos[t], local) for n in range(K)] for t in range(T)]
+  scale = cfg.attention_scale or cfg.head_dim**-0.5
+  if cfg.attention == "mla" and cfg.rope_scaling.mscale_all_dim:
+    scale *= (0.1 * cfg.rope_scaling.mscale_all_dim * np.log(cfg.rope_scaling.factor) + 1) ** 2
+  out = np.zeros((T, N, v.shape[-1]))
   for t in range(T):
     seen = [s for s in range(t + 1) if segment[s] == segment[t] and (window is None or t - s < window)]
     for n in range(N):
       head = n * K // N
-      logits = np.array([q[t][n] @ k[s][head] for s in seen]) / np.sqrt(cfg.head_dim)
+      logits = np.array([q[t][n] @ k[s][head] for s in seen]) * scale
       logits = cap(logits, cfg.attention_softcap)
       out[t, n] = special.softmax(logits) @ v[seen, head]
   return np.tensordot(out, p["wo"], 2) + p.get("o_bias", 0)
+
+
+def latent_attention(cfg, p, x, pos, local):
+  """DeepSeek V2's equations 9 to 19: all of a head's query, key and value of each token, written out."""
+  T, N, P, R = len(x), cfg.n_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
+  c_q = norm(cfg.norm, p["q_a_norm"], x @ p["wq_a"], cfg.norm_eps) if "wq_a" in p else x
+  q = np.tensordot(c_q, p["wq_b" if "wq_a" in p else "wq"], 1)
+  both = x @ p["wkv_a"]
+  c_kv = norm(cfg.norm, p["kv_a_norm"], both[:, :R], cfg.norm_eps)
+  k, v = np.tensordot(c_kv, p["wk_b"], 1), np.tensordot(c_kv, p["wv_b"], 1)
+  turned = lambda a, t: rotate(cfg, a, pos[t], local)
+  q = [[np.concatenate([q[t, n, :P], turned(q[t, n, P:], t)]) for n in range(N)] for t in range(T)]
+  k = [[np.concatenate([k[t, n], turned(both[t, R:], t)]) for n in range(N)] for t in range(T)]
+  return q, k, v
 
 
 def mixture(cfg, p, x):
@@ -67,7 +125,8 @@ def mixture(cfg, p, x):
     experts = sorted(allowed, key=lambda e: -chosen_by[e])[:k]
     for e in experts:
       hidden = ACTIVATION["swiglu"](x[t] @ p["w_gate"][e]) * (x[t] @ p["w_up"][e])
-      y[t] += cfg.routed_scale * scores[e] / scores[experts].sum() * (hidden @ p["w_down"][e])
+      share = scores[e] / scores[experts].sum() if cfg.router_normalize else scores[e]
+      y[t] += cfg.routed_scale * share * (hidden @ p["w_down"][e])
   return y + (feed_forward(cfg, p["shared"], x) if "shared" in p else 0)
 
 
@@ -82,6 +141,8 @@ def feed_forward(cfg, p, x):
 def forward(cfg, params, tokens, pos, segment):
   """Logits [T, V] of one row."""
   x = params["embed"][tokens] * (cfg.embed_scale or 1.0)
+  if cfg.positions == "learned":
+    x = x + params["position_embed"][pos]
   n_in_group = len(cfg.layer_pattern)
   for layer in range(cfg.n_layers):
     kind = cfg.layer_pattern[layer % n_in_group]
@@ -95,16 +156,18 @@ def forward(cfg, params, tokens, pos, segment):
                 cfg, p["attention"], x, pos, segment, cfg.window if kind == "local" else None)),
              ("ffn", lambda x, p=p: feed_forward(cfg, p["ffn"], x)))
     for name, f in parts:
-      before = lambda y, p=p, name=name: norm(p[f"{name}_norm"], y, cfg.norm_eps)
-      after = lambda y, p=p, name=name: norm(p[f"{name}_post_norm"], y, cfg.norm_eps)
+      before = lambda y, p=p, name=name: norm(cfg.norm, p[f"{name}_norm"], y, cfg.norm_eps)
+      after = lambda y, p=p, name=name: norm(cfg.norm, p[f"{name}_post_norm"], y, cfg.norm_eps)
       if cfg.norm_position == "pre":
         x = x + f(before(x))
       elif cfg.norm_position == "post":
         x = after(x + f(x))
+      elif cfg.norm_position == "branch":
+        x = x + after(f(x))
       else:
         x = x + after(f(before(x)))
   if cfg.norm_position != "post":
-    x = norm(params["final_norm"], x, cfg.norm_eps)
+    x = norm(cfg.norm, params["final_norm"], x, cfg.norm_eps)
   head = params["embed"].T if cfg.head == "tied" else params["unembed"]
   return cap(x @ head[:, :cfg.vocab_size], cfg.logit_softcap)
 

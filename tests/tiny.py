@@ -1,4 +1,5 @@
 """Small things that many tests share: a tiny model, packed rows, meshes by name."""
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from model.attention import ATTENTION
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeScaling
 from model.ffn import FFN
 from model.kernels.attention import KERNEL
 from model.layers import NORM
@@ -30,6 +31,9 @@ MESHES = {
 }
 V, B, T = 300, 8, 48
 MOE = dict(ffn="moe", n_experts=8, n_experts_per_token=2, d_expert=24)
+MLA = dict(attention="mla", n_kv_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=6,
+           qk_rope_head_dim=4, v_head_dim=8)
+YARN = RopeScaling(kind="yarn", factor=4.0, original_length=16, mscale=1.0, mscale_all_dim=0.7)
 
 
 def model_config(**changes) -> ModelConfig:
@@ -96,9 +100,14 @@ def experiment_classes(suffix):
   return found
 
 
+def with_attention(name) -> dict:
+  """The changes to the tiny model that make its attention this one."""
+  return MLA if name == "mla" else dict(attention=name)
+
+
 def variants() -> dict[str, dict]:
   """Name -> changes to the tiny model, one for each choice that the tables and experiments/ offer."""
-  found = {f"attention={name}": dict(attention=name)
+  found = {f"attention={name}": with_attention(name)
            for name in [*ATTENTION, *experiment_classes("Attention")]}
   found |= {f"ffn={name}": MOE if name == "moe" else dict(ffn=name)
             for name in [*FFN, *experiment_classes("FFN")]}
@@ -114,8 +123,16 @@ def variants() -> dict[str, dict]:
   found |= {f"window,{name}": dict(attention_impl=name, window=5, layer_pattern=("local", "global"))
             for name in KERNEL}
   found |= {f"norm={name}": dict(norm=name, qk_norm=name) for name in NORM}
-  found |= {f"norm_position={name}": dict(norm_position=name) for name in NORM_POSITION}
+  over = {"branch": dict(qk_norm="rmsnorm", qk_norm_over="all")}  # As OLMo 2 has them.
+  found |= {f"norm_position={name}": dict(norm_position=name) | over.get(name, {}) for name in NORM_POSITION}
   found |= {
+    "mla,yarn": MLA | MOE | dict(q_lora_rank=None, router_normalize=False, rope_scaling=YARN, out_bias=True),
+    "rotary_dim,yarn": dict(rotary_dim=6, rope_scaling=dataclasses.replace(YARN, mscale=None, truncate=False)),
+    "rope_theta_local,llama3": dict(
+      window=5, layer_pattern=("local", "global"), rope_theta_local=100.0,
+      rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_length=16)),
+    "positions=learned": dict(positions="learned", max_length=T + 3, attention_scale=0.5),
+    "positions=none": dict(positions="none", n_kv_heads=1),
     "mha": dict(n_kv_heads=4), "mqa": dict(n_kv_heads=1), "head_dim": dict(head_dim=10),
     "tied": dict(head="tied"),
     "biases": dict(qkv_bias=True, out_bias=True, ffn_bias=True),

@@ -11,6 +11,7 @@ from data.flags import leaves, walk
 from model.config import ModelConfig
 from model.context import check_context
 from model.lookup import check_choice
+from model.positions import SCALING
 from model.sharding import MESH_AXES, TRAIN, AxisRules, mesh_shape
 
 # Of b1, b2, eps and momentum, those that each optimizer reads, with its defaults.
@@ -29,19 +30,25 @@ RANGES = {
   "[1, inf)": (
     "steps", "batch_size", "seq_len", "accum_steps", "loss_chunk", "model.vocab_size", "model.n_layers",
     "model.d_model", "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.d_ff", "model.window",
-    "model.unroll", "model.n_experts", "model.n_experts_per_token", "model.d_expert",
+    "model.max_length", "model.rotary_dim", "model.q_lora_rank", "model.kv_lora_rank",
+    "model.qk_nope_head_dim", "model.qk_rope_head_dim", "model.v_head_dim", "model.rope_scaling.factor",
+    "model.rope_scaling.length", "model.unroll", "model.n_experts", "model.n_experts_per_token", "model.d_expert",
     "model.n_expert_groups", "model.n_groups_per_token", "model.pipeline_microbatches",
     "model.pipeline_repeats", "mesh.slices", "data.sources[].documents",
     "data.tokenizer.vocab_size", "data.tokenizer.train_bytes", "data.workers", "data.prefetch",
     "optim.max_skips", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "eval.every",
     "eval.rows", "log.every", "log.profile_steps", "report.n_tokens"),
+  "[2, inf)": ("model.rope_scaling.original_length",),
   "[0, inf)": ("z_loss", "model.n_shared_experts", "model.n_dense_layers", "balance.loss",
                "balance.sequence_loss", "balance.z_loss", "balance.bias_rate",
                "data.sources[].weight", "optim.warmup_steps", "optim.weight_decay",
                "report.temperature"),
   "(0, inf)": (
     "model.routed_scale", "model.capacity_factor", "model.attention_softcap", "model.logit_softcap",
-    "model.embed_scale", "model.rope_theta",
+    "model.embed_scale", "model.rope_theta", "model.rope_theta_local", "model.attention_scale",
+    *(f"model.rope_scaling.{name}" for name in (
+      "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+      "attention_factor", "short_factors", "long_factors")),
     "model.norm_eps", "model.init_std", "data.sources[].max_epochs", "data.temperature", "optim.lr",
     "optim.eps", "optim.grad_clip", "optim.spike_sigma", "stall_s"),
   "[0, 1)": ("model.dropout", "data.val_fraction", "optim.b1", "optim.b2", "optim.momentum", "optim.ema"),
@@ -52,6 +59,7 @@ RANGES = {
 # Setting -> the names that it, or each entry of it, may be.
 CHOICES = {
   "model.layer_pattern": ("local", "global"),
+  "model.rope_scaling.kind": tuple(SCALING),
   "mesh.slice_axis": MESH_AXES,
   "data.sources[].kind": SOURCES,
   "data.packing": ("best_fit", "concat"),
@@ -71,7 +79,21 @@ READ_IF = (
   ("model.init_std", "model.init", ("normal",)),
   *((f"model.{name}", "model.ffn", ("moe",)) for name in (
     "n_experts", "n_experts_per_token", "d_expert", "n_shared_experts", "n_dense_layers", "router",
-    "router_bias", "n_expert_groups", "n_groups_per_token", "routed_scale", "dispatch", "exchange")),
+    "router_bias", "router_normalize", "n_expert_groups", "n_groups_per_token", "routed_scale", "dispatch",
+    "exchange")),
+  ("model.max_length", "model.positions", ("learned",)),
+  *((f"model.{name}", "model.positions", ("rope",)) for name in (
+    "rope_theta", "rope_theta_local", "rotary_dim", "rope_scaling.kind")),
+  *((f"model.rope_scaling.{name}", "model.rope_scaling.kind", kinds) for name, kinds in (
+    ("factor", tuple(kind for kind in SCALING if kind != "none")), ("length", ("dynamic", "longrope")),
+    ("original_length", tuple(kind for kind in SCALING if kind not in ("none", "linear"))),
+    *((name, ("llama3",)) for name in ("low_freq_factor", "high_freq_factor")),
+    *((name, ("yarn",)) for name in ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim")),
+    ("attention_factor", ("yarn", "longrope")), ("short_factors", ("longrope",)),
+    ("long_factors", ("longrope",)))),
+  *((f"model.{name}", "model.attention", ("mla",)) for name in (
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+  ("model.qk_norm_over", "model.qk_norm", SET),
   ("model.capacity_factor", "model.dispatch", ("capacity",)),
   ("model.grouped_impl", "model.ffn", ("moe",)),
   ("model.grouped_impl", "model.dispatch", ("dropless",)),
@@ -248,6 +270,9 @@ class TrainConfig:
     self._validate_vocabulary()
     self.model.validate()
     self.optim.validate()
+    if self.seq_len > (self.model.max_length or self.seq_len):
+      raise ValueError(f"seq_len={self.seq_len} is more than the model.max_length={self.model.max_length} "
+                       f"positions of the model; nearest valid: {self.model.max_length}")
     mixture = self.model.ffn == "moe" or ":" in self.model.ffn and self.model.n_experts is not None
     if self.balance.loss is None:
       self.balance.loss = 0.01 if mixture and not self.model.router_bias else 0.0
@@ -268,7 +293,8 @@ class TrainConfig:
     for name, value, type_ in walk(self):
       entry = _any_entry(name)
       if value is not None and entry in ranges:
-        _check_range(name, value, ranges[entry], or_none=type(None) in getattr(type_, "__args__", ()))
+        for one in value if isinstance(value, tuple) else (value,):
+          _check_range(name, one, ranges[entry], or_none=type(None) in getattr(type_, "__args__", ()))
       if value is not None and entry in CHOICES:
         for one in value if isinstance(value, tuple) else (value,):
           check_choice(name, one, CHOICES[entry])
@@ -342,6 +368,9 @@ class TrainConfig:
             ("model.padded_vocab_size", vocab_size, "vocab")]
     dims += [("model.d_model", m.d_model, rule) for rule in ("embed", "gradient", "moment")]
     dims += [("seq_len", self.seq_len, rule) for rule in ("length", "residual", "loss_length")]
+    if m.latent:
+      dims += [(f"model.{name}", getattr(m, name), rule) for name in ("q_lora_rank", "kv_lora_rank")
+               for rule in ("embed", "gradient", "moment")]
     if m.ffn == "moe":
       dims += [("model.n_experts", m.n_experts, "experts"), ("model.d_expert", m.d_expert, "mlp")]
     for name, value, rule in dims:

@@ -49,7 +49,7 @@ def _matrix(model, path, param) -> contrib.MuonDimensionNumbers | None:
   their side; a router is none."""
   name, ndim = path_name(path), len(param.shape)
   first = stack_dims(model, name)  # The dim of the rows.
-  if first == 0 or ndim - first < 2 or name.endswith(("bias", "/w_router")):
+  if first == 0 or ndim - first < 2 or name.endswith(("bias", "_norm/scale", "/w_router")):
     return None
   if ndim - first == 3 and re.search(r"/w_(gate|up|down)$", name):  # [E, D, F].
     first += 1

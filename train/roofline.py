@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import math
 
-from model.count import flops_per_token
+from model.count import flops_per_token, looked_up
 from model.kernels.platform import choose
 from model.pipeline import iterations
 from model.sharding import MESH_AXES, mesh_shape
@@ -160,8 +160,7 @@ class _Work:
     self.layers = {"moe" if moe else m.ffn: (m.n_layers - m.n_dense_layers) / p}
     if m.n_dense_layers:
       self.layers["swiglu"] = m.n_dense_layers * cfg.accum_steps / self.executions * micro
-    looked_up = 0 if m.head == "tied" else m.padded_vocab_size * m.d_model
-    self.pairs_flops = flops_per_token(m, cfg.seq_len, looked_up)  # Of attention alone, forward and backward.
+    self.pairs_flops = flops_per_token(m, cfg.seq_len, looked_up(m))  # Of attention, both ways.
     self.model_flops_per_token = self.pairs_flops + 6 * matrix_parameters(m)
 
   def ways(self, rule):

@@ -2,7 +2,7 @@
 
 Shapes: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim. A kernel is a function
 (q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap) -> out_BTNH; a name "module:function" in the config adds
-another.
+another. The H of values, and so of the result, may be another than that of queries and keys.
 """
 import dataclasses
 import functools
@@ -51,13 +51,23 @@ def plain(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap):
   """The definition, in float32: what the others are tested against."""
   probs_BKGTS = jax.nn.softmax(
       logits(q_BTNH, k_BSKH, mask, scale=scale, cap=cap), axis=-1).astype(v_BSKH.dtype)
-  return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(q_BTNH.shape)
+  return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(*q_BTNH.shape[:3], -1)
 
 
 def dot_product(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap):
   """JAX's own. It has no soft cap: `check_names` refuses the pair."""
   assert cap is None
+  if v_BSKH.shape[-1] != k_BSKH.shape[-1]:  # It has one width for all.
+    return _as_wide(dot_product, q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, cap=cap)
   return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask.visible()[:, None], scale=scale)
+
+
+def _as_wide(kernel, q_BTNH, k_BSKH, v_BSKH, *args, **settings):
+  """The kernel, whose arrays must be equally wide, on narrower values or narrower queries and keys: zeros
+  fill them up."""
+  width = max(k_BSKH.shape[-1], v_BSKH.shape[-1])
+  fill = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, width - x.shape[-1]),))
+  return kernel(fill(q_BTNH), fill(k_BSKH), fill(v_BSKH), *args, **settings)[..., :v_BSKH.shape[-1]]
 
 
 def chunked(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, cap):

@@ -75,4 +75,5 @@ def cache_bytes(cfg, length: int) -> int:
 def decode_bytes_per_token(cfg, n_params: int, batch: int, length: int) -> float:
   """Bytes read from memory to make one token: the weights, shared by the batch, and the sequence's own cache.
   Times tokens per second it is the bandwidth in use."""
-  return (n_params - looked_up(cfg)) * jnp.dtype(cfg.compute_dtype).itemsize / batch + cache_bytes(cfg, length)
+  weights = (n_params - looked_up(cfg)) * jnp.dtype(cfg.compute_dtype).itemsize
+  return weights / batch + cache_bytes(cfg, length)

@@ -28,6 +28,8 @@ GOLDEN = ROOT / "tests" / "golden"
 REWRITE = "if that is intended, run `python -m tests.test_config` and look at the diff"
 
 MOE = ("model.ffn=moe", "model.n_experts=8", "model.n_experts_per_token=2")
+MLA = ("model.attention=mla", "model.n_kv_heads=4", "model.kv_lora_rank=16", "model.qk_nope_head_dim=6",
+       "model.qk_rope_head_dim=4", "model.v_head_dim=8")
 # Overrides of configs/tiny.py -> what the one line on stderr must hold. The tests have 8 devices.
 CONTRADICTIONS = [
   (["batch_size=6", "mesh.data=4", "mesh.fsdp=2"],
@@ -81,6 +83,30 @@ CONTRADICTIONS = [
   (["model.n_kv_heads=3"], ["model.n_heads=4", "model.n_kv_heads=3", "nearest valid n_kv_heads: 2, 4"]),
   (["model.n_heads=5", "model.n_kv_heads=5"], ["model.d_model=64", "model.n_heads=5", "4, 8"]),
   (["model.head_dim=7"], ["model.head_dim=7", "even", "6, 8"]),
+  (["model.rotary_dim=3"], ["model.rotary_dim=3", "even", "2, 4"]),
+  (["model.rotary_dim=18"], ["model.rotary_dim=18", "model.head_dim=16", "nearest valid: 16"]),
+  (["model.positions=learnt"], ["model.positions='learnt'", "did you mean 'learned'?"]),
+  (["model.positions=learned"], ["model.positions='learned'", "model.max_length=None", "both"]),
+  (["model.positions=learned", "model.max_length=8"], ["seq_len=64", "model.max_length=8", "valid: 8"]),
+  (["model.rope_theta_local=1e4"], ["model.rope_theta_local=10000.0", "model.window=None"]),
+  (["model.rope_scaling.kind=yran"], ["model.rope_scaling.kind='yran'", "did you mean 'yarn'?"]),
+  (["model.rope_scaling.kind=yarn"], ["kind='yarn'", "model.rope_scaling.original_length"]),
+  (["model.rope_scaling.kind=yarn", "model.rope_scaling.original_length=64", "model.rope_theta=1"],
+   ["kind='yarn'", "model.rope_theta=1.0", "'linear'"]),
+  (["model.rope_scaling.kind=llama3", "model.rope_scaling.original_length=64",
+    "model.rope_scaling.low_freq_factor=4"], ["low_freq_factor=4.0", "high_freq_factor=4.0", "1.0 and 4.0"]),
+  (["model.rope_scaling.kind=longrope", "model.rope_scaling.original_length=64",
+    "model.rope_scaling.short_factors=(1, 2)"], ["short_factors has 2", "head_dim=16", "nearest valid: 8"]),
+  (["model.rope_scaling.kind=longrope", "model.rope_scaling.original_length=64",
+    "model.rope_scaling.short_factors=(1, 0)"], ["short_factors=0.0", "(0, inf)"]),
+  (["model.rope_scaling.factor=2"], ["model.rope_scaling.factor=2.0", "model.rope_scaling.kind='none'"]),
+  (["model.qk_norm=rmsnorm", "model.qk_norm_over=al"], ["model.qk_norm_over='al'", "did you mean 'all'?"]),
+  (["model.attention=mla"], ["model.attention='mla'", "model.kv_lora_rank", "512"]),
+  ([*MLA, "model.n_kv_heads=2"], ["model.n_kv_heads=2", "'mla'", "nearest valid: 4"]),
+  ([*MLA, "model.qkv_bias=True"], ["model.qkv_bias=True", "'mla'", "nearest valid: False"]),
+  ([*MLA, "model.qk_rope_head_dim=3"], ["model.qk_rope_head_dim=3", "even", "2, 4"]),
+  ([*MLA, "model.kv_lora_rank=12"], ["model.kv_lora_rank=12", "mesh.fsdp=8", "nearest valid mesh.fsdp: 4"]),
+  (["model.kv_lora_rank=12"], ["model.kv_lora_rank=12", "model.attention='gqa'", "'mla'"]),
   (["model.n_layers=0"], ["model.n_layers=0", "nearest valid: 1"]),
   (["model.n_layers=3", "model.window=8", "model.layer_pattern=('local', 'global')"],
    ["model.n_layers=3", "nearest valid: 2, 4"]),
@@ -134,6 +160,8 @@ UNREAD = [
   ("optim.final_lr_fraction=0.5 optim.schedule=constant", "optim.schedule='constant'", "'linear'"),
   ("optim.final_lr_fraction=0.5 optim.schedule=inverse_sqrt", "optim.schedule='inverse_sqrt'", "0.1"),
   ("optim.decay_scale=(('.*',2.0),) optim.weight_decay=0", "optim.weight_decay=0.0", "set"),
+  ("model.positions=none model.rope_theta=1e6", "model.positions='none'", "nearest valid: 10000.0"),
+  ("model.qk_norm_over=all", "model.qk_norm=None", "nearest valid: 'head'"),
   ("model.init_std=0.1 model.init=fan_in", "model.init='fan_in'", "nearest valid: 0.02"),
   ("data.tokenizer.model=unigram data.tokenizer.vocab_size=8192 data.tokenizer.path=x",
    "data.tokenizer.path='x'", "nearest valid: 'bpe'"),

@@ -127,7 +127,8 @@ def variants() -> dict[str, dict]:
   found |= {f"norm_position={name}": dict(norm_position=name) | over.get(name, {}) for name in NORM_POSITION}
   found |= {
     "mla,yarn": MLA | MOE | dict(q_lora_rank=None, router_normalize=False, rope_scaling=YARN, out_bias=True),
-    "rotary_dim,yarn": dict(rotary_dim=6, rope_scaling=dataclasses.replace(YARN, mscale=None, truncate=False)),
+    "rotary_dim,yarn": dict(
+      rotary_dim=6, rope_scaling=dataclasses.replace(YARN, mscale=None, truncate=False)),
     "rope_theta_local,llama3": dict(
       window=5, layer_pattern=("local", "global"), rope_theta_local=100.0,
       rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_length=16)),

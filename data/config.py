@@ -22,7 +22,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
-  kind: str = "sentencepiece"  # sentencepiece | huggingface (a tokenizer.json).
+  kind: str = "sentencepiece"  # sentencepiece | huggingface (a tokenizer.json) | gguf (tokenizer_gguf.json).
   path: str | None = None  # None: trained on the sources (sentencepiece only) and kept in the cache.
   model: str = "bpe"  # bpe | unigram; what training makes.
   vocab_size: int = 8192  # What training aims for.
@@ -52,8 +52,9 @@ class DataConfig:
     names = [s.name for s in self.sources]
     if len(set(names)) < len(names):
       raise ValueError(f"data.sources: names must differ, got {names}")
-    if self.tokenizer.kind == "huggingface" and self.tokenizer.path is None:
-      raise ValueError("data.tokenizer.path=None: a huggingface tokenizer is read from its tokenizer.json")
+    if self.tokenizer.kind != "sentencepiece" and self.tokenizer.path is None:
+      raise ValueError("data.tokenizer.path=None: only sentencepiece is trained; name the file of a "
+                       f"{self.tokenizer.kind} tokenizer")
     for i, source in enumerate(self.sources):
       if source.kind != "synthetic" and not source.path:
         raise ValueError(f"data.sources[{i}].path is empty: kind {source.kind!r} needs one")

@@ -63,7 +63,7 @@ CHOICES = {
   "mesh.slice_axis": MESH_AXES,
   "data.sources[].kind": SOURCES,
   "data.packing": ("best_fit", "concat"),
-  "data.tokenizer.kind": ("sentencepiece", "huggingface"),
+  "data.tokenizer.kind": ("sentencepiece", "huggingface", "gguf"),
   "data.tokenizer.model": ("bpe", "unigram"),
   "optim.schedule": SCHEDULES,
   "checkpoint.best": ("eval/val/loss", "eval/val/bpb"),

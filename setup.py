@@ -23,6 +23,7 @@ setup(
     "importlib_resources",  # tensorflow-datasets imports it without declaring it.
     "pyarrow>=18",
     "zstandard>=0.23",
+    "jinja2>=3.1.5",  # Chat templates. Older sandboxes leak.
     "safetensors>=0.5",
     "ml-collections>=1.1",
     "absl-py>=2.1",

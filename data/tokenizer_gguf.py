@@ -102,8 +102,9 @@ def to_tokenizers(fields: dict, path) -> tokenizers.Tokenizer:
 
 def to_sentencepiece(fields: dict) -> bytes:
   """A SentencePiece BPE model of the same pieces (sentencepiece_model.proto of google/sentencepiece)."""
-  pieces = b"".join(
-      _message(1, _message(1, token.encode()) + _key(2, 5) + struct.pack("<f", score) + _number(3, kind))
+  pieces = b"".join(  # Gemma's runs of spaces are spaces in the file.
+      _message(1, _message(1, token.replace(" ", "\u2581").encode()) + _key(2, 5) + struct.pack("<f", score)
+               + _number(3, kind))
       for token, score, kind in zip(fields["tokens"], fields["scores"], fields["token_type"]))
   trainer = _number(3, 2) + _number(4, len(fields["tokens"]))  # BPE
   trainer += _number(35, int(fields["token_type"].count(BYTE) == 256))  # byte_fallback

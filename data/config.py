@@ -53,8 +53,8 @@ class DataConfig:
     if len(set(names)) < len(names):
       raise ValueError(f"data.sources: names must differ, got {names}")
     if self.tokenizer.kind != "sentencepiece" and self.tokenizer.path is None:
-      raise ValueError("data.tokenizer.path=None: only sentencepiece is trained; name the file of a "
-                       f"{self.tokenizer.kind} tokenizer")
+      raise ValueError(f"data.tokenizer.path=None: a {self.tokenizer.kind} tokenizer is read from its "
+                       "tokenizer.json or tokenizer_gguf.json")
     for i, source in enumerate(self.sources):
       if source.kind != "synthetic" and not source.path:
         raise ValueError(f"data.sources[{i}].path is empty: kind {source.kind!r} needs one")

@@ -1,4 +1,4 @@
-"""Chat templates: the ids of transformers, nothing special out of what users say, no harm from hostile ones."""
+"""Chat templates: the ids of transformers, nothing special from users, no harm from hostile ones."""
 import json
 import time
 
@@ -21,20 +21,25 @@ TEMPLATES = {
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
   "llama3": """{{ bos_token }}{% for m in messages %}
 {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
-  "gemma": """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
+  "gemma": """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
+{{- raise_exception('no system role') }}{% endif %}
 {%- for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
-{{- raise_exception('roles must alternate') }}{% endif %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}
+{{- raise_exception('roles must alternate') }}{% endif %}
+{%- set role = 'model' if m['role'] == 'assistant' else m['role'] %}
 {{- '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}""",
   "mistral": """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}
 {{- '[INST] ' + m['content'] + ' [/INST]' }}
 {%- elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}""",
   "qwen": """{% for m in messages %}{% set c = m.content %}
-{%- if m.role == 'assistant' and '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}
+{%- if m.role == 'assistant' and '</think>' in c %}
+{%- set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}
 {{- '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-  "phi3": """{% for m in messages %}{{ '<|' + m['role'] + '|>' + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}
+  "phi3": """{% for m in messages %}
+{{- '<|' + m['role'] + '|>' + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' + '\n' }}{% else %}{{ eos_token }}{% endif %}""",
 }
 ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral": "</s>",
@@ -42,7 +47,8 @@ ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"
 SPECIALS = ("<s>", "</s>", "<eos>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
             "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<|end|>", "<|user|>",
             "<|assistant|>")
-TALK = [{"role": "user", "content": "  What is 2 + 2?\n"}, {"role": "assistant", "content": "Four, naïve 東京 🦜."},
+TALK = [{"role": "user", "content": "  What is 2 + 2?\n"},
+        {"role": "assistant", "content": "Four, naïve 東京 🦜."},
         {"role": "user", "content": "And\n\n3<4? [x] a|b> 'tis"}]
 
 
@@ -63,12 +69,13 @@ def byte_level():
 
 def metaspace():
   """Llama 2's shape: the first word of a text gets a space, what follows a special token does not."""
-  pieces = ["<unk>", *SPECIALS, *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "W", "h", "\u2581W", "\u2581Wh"]
+  pieces = ["<unk>", *SPECIALS, *(f"<0x{b:02X}>" for b in range(256)),
+            "\u2581", "W", "h", "\u2581W", "\u2581Wh"]
   model = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [
       ("\u2581", "W"), ("\u2581W", "h")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
   model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-  model.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                     decoders.Strip(" ", 1, 0)])
+  model.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
+                                     decoders.Fuse(), decoders.Strip(" ", 1, 0)])
   model.add_special_tokens([tokenizers.AddedToken(s, special=True, normalized=False)
                             for s in ("<unk>", *SPECIALS)])
   return model
@@ -79,7 +86,8 @@ def folder(request, tmp_path_factory):
   path = tmp_path_factory.mktemp(request.param.__name__)
   request.param().save(str(path / "tokenizer.json"))
   (path / "tokenizer_config.json").write_text(json.dumps({
-    "bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"},
+    "tokenizer_class": "PreTrainedTokenizerFast",
     "chat_template": [{"name": "default", "template": TEMPLATES["chatml"]},
                       {"name": "tool_use", "template": "no"}]}))
   return path

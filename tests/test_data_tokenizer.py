@@ -219,7 +219,8 @@ def test_a_sentencepiece_model_comes_back_out_of_a_gguf(tmp_path):
   (tmp_path / "tokenizer_gguf.json").write_text(json.dumps({
     "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [theirs.id_to_piece(i) for i in range(V)],
     "tokenizer.ggml.scores": [theirs.get_score(i) for i in range(V)], "tokenizer.ggml.token_type": kinds,
-    "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 3}))
+    "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.padding_token_id": 3}))
   ours = load_tokenizer(tmp_path / "tokenizer_gguf.json")
   direct = load_tokenizer(tmp_path / "t.model")
   assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.add_bos) == (1, 2, 3, True)
@@ -230,7 +231,7 @@ def test_a_sentencepiece_model_comes_back_out_of_a_gguf(tmp_path):
   for tokenizer in (ours, direct):  # The library alone makes a marker of it.
     assert turn in theirs.encode("<start_of_turn>") and turn not in tokenizer.encode("a<start_of_turn>")
     assert tokenizer.decode(tokenizer.encode("a<start_of_turn>b")) == "a<start_of_turn>b"
-    assert tokenizer.encode(" x")[1:] == tokenizer.encode_inner("x") != tokenizer.encode("x")[1:]
+    assert tokenizer.encode_inner(" x") == tokenizer.encode("x") != tokenizer.encode_inner("x")
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,8 @@ def smollm(tmp_path_factory):
             if key.startswith("tokenizer.")}
   path = tmp_path_factory.mktemp("smollm") / "tokenizer_gguf.json"
   path.write_text(json.dumps(fields))
-  named = {name: fields[f"tokenizer.{key}"] for key, name in mapping.GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+  keys = mapping.GGUF_TOKENIZER_MAPPING["tokenizer"]
+  named = {name: fields[f"tokenizer.{key}"] for key, name in keys.items()
            if f"tokenizer.{key}" in fields}
   theirs, _ = mapping.convert_gguf_tokenizer("llama", named)
   theirs.encode_special_tokens = True
@@ -269,13 +271,13 @@ def test_smollm_is_whole(smollm):
 @pytest.mark.parametrize("pre, text, n", [
   ("gpt-2", "12345", 1), ("smollm", "12345", 5), ("llama-bpe", "12345", 2), ("qwen2", "12345", 5)])
 def test_digits_are_cut_as_the_pre_tokenizer_says(tmp_path, pre, text, n):
-  digits = "0123456789"
-  tokens = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "12", "123", "1234", "12345", "45", "</s>"]
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  tokens = [*sorted(alphabet), "12", "123", "1234", "12345", "45", "</s>"]
   fields = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": [1] * (len(tokens) - 1) + [3],
-            "merges": ["1 2", "12 3", "4 5", "123 4", "1234 5"], "eos_token_id": len(tokens) - 1}
+            "merges": ["1 2", "12 3", "123 4", "1234 5", "4 5"], "eos_token_id": len(tokens) - 1}
   path = tmp_path / "tokenizer_gguf.json"
   path.write_text(json.dumps({f"tokenizer.ggml.{key}": value for key, value in fields.items()}))
-  assert len(load_tokenizer(path).encode(text)) == n and set(text) <= set(digits)
+  assert len(load_tokenizer(path).encode(text)) == n
   for change, words in (({"pre": "smolm"}, "pre='smolm' is not known; known: .*smollm"),
                         ({"model": "rwkv"}, "model='rwkv'; known: gpt2, llama"),
                         ({"token_type": [1]}, "1 tokenizer.ggml.token_type for 262 tokens"),

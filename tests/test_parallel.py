@@ -172,8 +172,8 @@ def _experts_twice(patch):
   """The gradient of experts on other devices is doubled (pytorch#160285)."""
   dispatch = moe.dropless
 
-  def twice(experts, *args, **more):
-    return dispatch(tuple(_twice(w) if w.shape[0] < 8 else w for w in experts), *args, **more)
+  def twice(cfg, experts, *args, **more):
+    return dispatch(cfg, tuple(_twice(w) if w.shape[0] < 8 else w for w in experts), *args, **more)
 
   patch.setitem(moe.DISPATCH, "dropless", twice)
 

@@ -240,6 +240,7 @@ class TrainConfig:
   batch_size: int = 16  # Global, in sequences.
   seq_len: int = 256
   seed: int = 0
+  init_from: str | None = None  # A run's or an imported model's folder, whose weights training begins with.
   accum_steps: int = 1  # Micro-batches per step.
   z_loss: float = 0.0  # Times the squared log-normaliser (PaLM: 1e-4).
   loss_chunk: int = 512  # Tokens per device whose logits exist at one time.

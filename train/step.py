@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from model.hub.orbax import restore_params
 from model.transformer import abstract_params, init_params
 from train.balance import balance_losses, router_metrics, router_sums, update_biases, weigh
 from train.losses import in_order, loss_spec, next_token_loss
@@ -38,9 +39,17 @@ class TrainState:
 
 def init_state(cfg, mesh):
   """(graphdef, TrainState), each array born in its shards. Moments take their parameter's sharding, with
-  "embed" as the rules' "moment"."""
+  "embed" as the rules' "moment". The parameters are drawn, or those of cfg.init_from.
+
+  Raises:
+    ValueError, model.hub.orbax.CheckpointError: those are of another shape, or damaged.
+  """
   with jax.set_mesh(mesh):
-    graphdef, params = init_params(cfg.model, mesh, jax.random.key(cfg.seed))
+    if cfg.init_from is None:
+      graphdef, params = init_params(cfg.model, mesh, jax.random.key(cfg.seed))
+    else:
+      graphdef, abstract = abstract_params(cfg.model, mesh)
+      params, _, _ = restore_params(cfg.init_from, abstract)
     tx = make_optimizer(cfg, params)
     return graphdef, jax.jit(lambda params: _new_state(cfg, tx, params))(params)
 

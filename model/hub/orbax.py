@@ -240,6 +240,14 @@ def restore_params(path, abstract_params, which: str = "params"):
   return restored[which], read_meta(step_dir), rejected
 
 
+def check_shapes(path, abstract_params, which: str = "params") -> None:
+  """Raises ValueError, naming them, where arrays of the newest checkpoint are not as these. Reads none."""
+  root = find_checkpoints(path)
+  step_dir = root / str(find_steps(root)[-1])
+  if misfits := _find_misfits(read_tree(step_dir), _name_leaves({which: abstract_params}), partial=True):
+    raise ValueError(f"checkpoint {step_dir} does not fit: {_shorten(misfits, 8)}")
+
+
 def _find_misfits(saved, wanted, partial):
   saved = {name: f"{a.dtype}{list(a.shape)}" for name, a in saved.items()}
   wanted = {name: f"{a.dtype}{list(a.shape)}" for name, a in wanted.items()}

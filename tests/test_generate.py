@@ -1,4 +1,5 @@
 """Text in, text out: streaming, stop strings, and the command line on a small run."""
+import io
 import json
 import os
 import re
@@ -13,10 +14,11 @@ from data.flags import as_json, write_config_json
 from data.tokenizer import Tokenizer, train_tokenizer
 from infer.decode import Generator
 from infer.generate import find_run, main, make_parser, read_requests
-from infer.load import keep_tokenizer, load_params, open_run
+from infer.load import find_ends, keep_tokenizer, load_params, open_chat, open_run
 from infer.sampling import Sampling
 from infer.text import Reader, complete, encode_prompt, stream
 from model.transformer import init_params
+from tests.test_chat import TEMPLATES, byte_level
 from tests.tiny import mesh_of
 from train.checkpoint import Checkpointer
 
@@ -242,8 +244,82 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run_path, tmp_path, capsy
   assert code == 1 and "damaged" in err
 
 
+# Imported models.
+
+@pytest.fixture(scope="module")
+def model_path(run_path):
+  """The run as if it were imported: with a tokenizer.json and a chat template of its own."""
+  path = shutil.copytree(run_path, run_path.parent / "imported")
+  (path / "tokenizer.model").unlink()
+  config = json.loads((path / "config.json").read_text())
+  config["config"]["data"]["tokenizer"] |= {"kind": "huggingface", "path": None}
+  (path / "config.json").write_text(json.dumps(config))
+  byte_level().save(str(path / "tokenizer.json"))
+  (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>",
+                                                          "chat_template": TEMPLATES["llama3"]}))
+  (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9999]}))
+  return path
+
+
+@pytest.fixture(scope="module")
+def talker(model_path):
+  run = open_run(model_path, "--model")
+  chat, mesh = open_chat(run), mesh_of("one")
+  assert run.tokenizer.vocab_size == 320 and not run.tokenizer.decode([319])  # Rows without a token.
+  ends = find_ends(run, chat)
+  assert set(ends) == {7, run.tokenizer.eos_id, run.tokenizer.specials["<|eot_id|>"].id}
+  params, *_ = load_params(run, run.model, mesh)
+  return Generator(run.model, params, mesh, stop_ids=ends), run.tokenizer, chat
+
+
+def test_a_model_is_asked_through_its_template(model_path, talker, capsys):
+  generator, tokenizer, chat = talker
+  messages = [{"role": "system", "content": "Be <|eot_id|> kind"}, {"role": "user", "content": "Who?"}]
+  wanted, = complete(generator, tokenizer, [chat.encode(messages)], Sampling(seed=3, max_tokens=9))
+  flags = [f"--model={model_path}", "--prompt=Who?", "--max_tokens=9", "--seed=3"]
+  code, out, _ = run_main(capsys, *flags, "--system=Be <|eot_id|> kind")
+  assert (code, out) == (0, wanted.text + "\n")
+  code, raw, _ = run_main(capsys, *flags, "--raw")
+  wanted, = complete(generator, tokenizer, [[tokenizer.bos_id, *tokenizer.encode("Who?")]],
+                     Sampling(seed=3, max_tokens=9))
+  assert (code, raw) == (0, "Who?" + wanted.text + "\n") and raw != out
+
+
+def test_a_conversation_keeps_what_was_said(model_path, talker, capsys, monkeypatch):
+  generator, tokenizer, chat = talker
+  monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\nAnd <|eot_id|>?\n"))
+  code, out, err = run_main(capsys, f"--model={model_path}", "--max_tokens=9", "--seed=5")
+  assert code == 0 and "Ctrl-D" in err
+  said, texts = [], []
+  for question in ("Who?", "And <|eot_id|>?"):
+    said.append({"role": "user", "content": question})
+    answer, = complete(generator, tokenizer, [chat.encode(said)], Sampling(seed=5, max_tokens=9))
+    said.append({"role": "assistant", "content": answer.text.strip()})
+    texts.append(answer.text + "\n")
+  assert out == "".join(texts)
+
+
+@pytest.mark.parametrize("flags, words", [
+  ([], "give --run=DIR .* or --model=DIR"),
+  (["--run={}", "--model={}"], "not both"),
+  (["--run={}", "--raw", "--prompt=a"], "--raw is about a chat template"),
+  (["--model={}", "--raw", "--system=a", "--prompt=a"], "--raw leaves out"),
+  (["--model={}", "--raw"], "give --prompt=TEXT"),
+  (["--model={}/../small", "--prompt=a"], "no chat template: say --raw"),
+  (["--model={}/checkpoints", "--prompt=a"], "--model=.* is no imported model"),
+  (["--model={}/../refusing", "--prompt=a"], "chat template: .*say it with flowers")])
+def test_mistakes_about_models_exit_2(model_path, capsys, flags, words):
+  if any("refusing" in flag for flag in flags):
+    path = shutil.copytree(model_path, model_path.parent / "refusing")
+    template = "{% if messages | length == 1 %}{{ raise_exception('say it with flowers') }}{% endif %}"
+    (path / "chat_template.jinja").write_text(template)
+  code, _, err = run_main(capsys, *(flag.replace("{}", str(model_path)) for flag in flags))
+  assert code == 2 and "Traceback" not in err and re.search(words, err), err
+
+
 def test_help_teaches(capsys):
   code, out, _ = run_main(capsys, "--help")
   assert code == 0
-  for word in ("python -m infer.generate --run=", "--top_p", "0 is greedy", "Hugging Face", "--n_samples"):
+  for word in ("python -m infer.generate --run=", "--model=smollm2", "--raw",
+               "--top_p", "0 is greedy", "Hugging Face", "--n_samples"):
     assert word in out

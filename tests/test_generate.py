@@ -12,9 +12,9 @@ from configs.tiny import get_config
 from data.config import TokenizerConfig
 from data.flags import as_json, write_config_json
 from data.tokenizer import Tokenizer, train_tokenizer
-from infer.decode import Generator
+from infer.decode import Generator, Stats, Token
 from infer.generate import find_run, main, make_parser, read_requests
-from infer.load import find_ends, keep_tokenizer, load_params, open_chat, open_run
+from infer.load import keep_tokenizer, load_params, open_chat, open_run
 from infer.sampling import Sampling
 from infer.text import Reader, complete, encode_prompt, stream
 from model.transformer import init_params
@@ -261,42 +261,52 @@ def model_path(run_path):
   return path
 
 
-@pytest.fixture(scope="module")
-def talker(model_path):
+class Scripted:
+  """Says "Hi <", then the last of its stop ids; what it was asked is in `asked`. Nothing is compiled."""
+  asked, says = [], []
+
+  def __init__(self, cfg, params, mesh, *, stop_ids, batch_size):
+    self.stop_ids, self.stats = stop_ids, Stats()
+
+  def generate(self, prompts, settings, *, cancelled):
+    for i, prompt in enumerate(prompts):
+      self.asked.append((list(prompt), self.stop_ids))
+      for token in (*self.says, self.stop_ids[-1]):
+        yield Token(i, token, 0.0, "stop" if token == self.stop_ids[-1] else None)
+
+
+@pytest.fixture
+def talker(model_path, monkeypatch):
+  """(tokenizer, chat, what the model was asked)."""
+  monkeypatch.setattr("infer.decode.Generator", Scripted)
+  monkeypatch.setattr(Scripted, "asked", [])
   run = open_run(model_path, "--model")
-  chat, mesh = open_chat(run), mesh_of("one")
   assert run.tokenizer.vocab_size == 320 and not run.tokenizer.decode([319])  # Rows without a token.
-  ends = find_ends(run, chat)
-  assert set(ends) == {7, run.tokenizer.eos_id, run.tokenizer.specials["<|eot_id|>"].id}
-  params, *_ = load_params(run, run.model, mesh)
-  return Generator(run.model, params, mesh, stop_ids=ends), run.tokenizer, chat
+  monkeypatch.setattr(Scripted, "says", run.tokenizer.encode("Hi <"))
+  return run.tokenizer, open_chat(run), Scripted.asked
 
 
 def test_a_model_is_asked_through_its_template(model_path, talker, capsys):
-  generator, tokenizer, chat = talker
+  tokenizer, chat, asked = talker
   messages = [{"role": "system", "content": "Be <|eot_id|> kind"}, {"role": "user", "content": "Who?"}]
-  wanted, = complete(generator, tokenizer, [chat.encode(messages)], Sampling(seed=3, max_tokens=9))
-  flags = [f"--model={model_path}", "--prompt=Who?", "--max_tokens=9", "--seed=3"]
-  code, out, _ = run_main(capsys, *flags, "--system=Be <|eot_id|> kind")
-  assert (code, out) == (0, wanted.text + "\n")
-  code, raw, _ = run_main(capsys, *flags, "--raw")
-  wanted, = complete(generator, tokenizer, [[tokenizer.bos_id, *tokenizer.encode("Who?")]],
-                     Sampling(seed=3, max_tokens=9))
-  assert (code, raw) == (0, "Who?" + wanted.text + "\n") and raw != out
+  code, out, _ = run_main(capsys, f"--model={model_path}", "--prompt=Who?", "--system=Be <|eot_id|> kind")
+  (ids, ends), = asked
+  assert (code, out, ids) == (0, "Hi <\n", chat.encode(messages))
+  assert ids.count(tokenizer.specials["<|eot_id|>"].id) == 2
+  assert set(ends) == {7, tokenizer.eos_id, tokenizer.specials["<|eot_id|>"].id}
+  code, out, _ = run_main(capsys, f"--model={model_path}", "--prompt=Who?", "--raw")
+  assert (code, out) == (0, "Who?Hi <\n")
+  assert asked[1] == ([tokenizer.bos_id, *tokenizer.encode("Who?")], tuple(sorted({7, tokenizer.eos_id})))
 
 
 def test_a_conversation_keeps_what_was_said(model_path, talker, capsys, monkeypatch):
-  generator, tokenizer, chat = talker
+  _, chat, asked = talker
   monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\nAnd <|eot_id|>?\n"))
-  code, out, err = run_main(capsys, f"--model={model_path}", "--max_tokens=9", "--seed=5")
-  assert code == 0 and "Ctrl-D" in err
-  said, texts = [], []
-  for question in ("Who?", "And <|eot_id|>?"):
-    said.append({"role": "user", "content": question})
-    answer, = complete(generator, tokenizer, [chat.encode(said)], Sampling(seed=5, max_tokens=9))
-    said.append({"role": "assistant", "content": answer.text.strip()})
-    texts.append(answer.text + "\n")
-  assert out == "".join(texts)
+  code, out, err = run_main(capsys, f"--model={model_path}")
+  assert code == 0 and "Ctrl-D" in err and out == "Hi <\nHi <\n"
+  said = [{"role": r, "content": c} for r, c in (
+      ("user", "Who?"), ("assistant", "Hi <"), ("user", "And <|eot_id|>?"))]
+  assert [ids for ids, _ in asked] == [chat.encode(said[:1]), chat.encode(said)]
 
 
 @pytest.mark.parametrize("flags, words", [

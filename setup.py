@@ -37,6 +37,7 @@ setup(
     "tpu": ["jax[tpu]"],
     "rehearse": ["jax[tpu]"],  # libtpu, the compiler: no TPU is needed.
     "gpu": ["jax[cuda12]"],
+    "hub": ["gguf>=0.17", "huggingface_hub>=0.34"],  # Quantised GGUF files; models by name.
     "tensorboard": ["tensorboardX>=2.6"],
     "test": TEST,
     "dev": [*TEST, "ruff>=0.8"],

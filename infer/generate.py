@@ -1,11 +1,16 @@
-"""Continues prompts with a trained model.
+"""Continues prompts with a trained model, or talks with an imported one.
 
   python -m infer.generate --run=runs/quickstart --prompt="def main("
   python -m infer.generate --run=runs/quickstart --prompt="import os" --temperature=0 --max_tokens=40
   python -m infer.generate --run=runs/quickstart --prompts_file=prompts.jsonl --n_samples=4 --out=texts.jsonl
-  python -m infer.generate --run='runs/quickstart-*' --prompt="class "
   python -m infer.generate --run='runs/quickstart-*' --prompt="class "        the newest that is finished
+  python -m infer.generate --model=smollm2                                    a conversation, a line a turn
+  python -m infer.generate --model=smollm2 --prompt="What is the capital of France?" --temperature=0
+  python -m infer.generate --model=smollm2 --system="Answer in French." --prompt="Who are you?"
+  python -m infer.generate --model=smollm2 --raw --prompt="Once upon a time"
 
+A run's folder is what training writes; a model's is what `python -m model.hub import` writes. A model is
+asked through its own chat template unless you say --raw; what you type never becomes a special token of it.
 One text is shown as it is made; several are listed as they end. Tokens a second go to stderr.
 """
 import argparse
@@ -24,12 +29,16 @@ FIELDS = tuple(f.name for f in dataclasses.fields(Sampling))
 FILE_HELP = "one prompt a line; or .jsonl: {\"prompt\": ..., and any of " + ", ".join(FIELDS) + "}"
 
 
+class BadPrompt(ValueError):
+  """What the chat template refuses."""
+
+
 def main(argv: list[str] | None = None) -> int:
   parser = make_parser()
   try:
     args = _parse(parser, argv)
     requests = read_requests(args)
-    args.run = find_run(args.run)
+    args.run = find_run(args.run) if args.run else None
   except ValueError as e:
     print(f"{parser.prog}: error: {e}", file=sys.stderr)
     return 2
@@ -38,15 +47,20 @@ def main(argv: list[str] | None = None) -> int:
   from model.hub.orbax import CheckpointError
   generator = None
   try:
-    run, generator = _load(args)
-    _note_lengths(run, requests)
+    run, generator, chat = _load(args)
+    if not requests:
+      _talk(run, generator, chat, args, _sampling(args))
+      _print_stats(generator.stats)
+      return 0
+    ids = _encode(run, chat, args, [prompt for prompt, _ in requests])
+    _note_lengths(run, ids, requests)
     with open(args.out, "w") if args.out else contextlib.nullcontext() as out:
       if out is None and len(requests) == 1:
-        _show_one(generator, run.tokenizer, *requests[0])
+        _show_one(generator, run.tokenizer, ids, *requests[0], echo=chat is None)
       else:
-        _list_all(generator, run.tokenizer, requests, args.n_samples, out)
+        _list_all(generator, run.tokenizer, ids, requests, args.n_samples, out, echo=chat is None)
   except ValueError as e:
-    if generator is not None:  # All that the user gave was looked at before: a fault of ours.
+    if generator is not None and not isinstance(e, BadPrompt):  # The rest was looked at before: our fault.
       raise
     print(f"{parser.prog}: error: {e}", file=sys.stderr)
     return 2
@@ -62,8 +76,11 @@ def make_parser() -> argparse.ArgumentParser:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   default = Sampling()
   add = parser.add_argument_group("what").add_argument
-  add("--run", required=True, metavar="DIR",
+  add("--run", metavar="DIR",
       help="the run's folder (its --workdir), or the newest finished of DIR-*, or of a pattern")
+  add("--model", metavar="DIR", help="instead: an imported model's folder; without a prompt, lines of stdin")
+  add("--system", metavar="TEXT", help="with --model: how it is to behave (what its template says)")
+  add("--raw", action="store_true", help="with --model: continue the prompt itself, without the template")
   add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated; may be empty")
   add("--prompts_file", metavar="FILE", help=FILE_HELP)
   add("--n_samples", type=int, default=1, metavar="N", help="texts a prompt, by seeds seed, seed + 1, ...")
@@ -95,6 +112,14 @@ def _parse(parser, argv):
     near = nearest(unknown[0].partition("=")[0], parser._option_string_actions)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help"
     raise ValueError(f"unknown argument {unknown[0]}{hint}")
+  if (args.run is None) == (args.model is None):
+    raise ValueError("give --run=DIR (a run of ours) or --model=DIR (an imported model)"
+                     + (", not both" if args.run else ""))
+  if args.run and (args.raw or args.system is not None):
+    name = "--raw" if args.raw else "--system"
+    raise ValueError(f"{name} is about a chat template: it goes with --model=DIR")
+  if args.raw and args.system is not None:
+    raise ValueError("--system is written by the chat template, which --raw leaves out: give one of them")
   for name in ("n_samples", "batch_size", "tensor"):
     if getattr(args, name) < 1:
       raise ValueError(f"--{name}={getattr(args, name)} must be at least 1")
@@ -131,20 +156,25 @@ def find_run(name: str) -> str:
 
 
 def read_requests(args) -> list[tuple[str, Sampling]]:
-  """(prompt, settings) of each text to make: the command line's, then the file's, each n_samples times.
+  """(prompt, settings) of each text to make: the command line's, then the file's, each n_samples times. None
+  with --model is a conversation.
 
   Raises:
     ValueError: no prompt, an unreadable file, a setting that is unknown or out of range.
   """
-  base = {name: getattr(args, name) for name in FIELDS}
-  base = Sampling(**base | {"stop": tuple(args.stop)}).validate()
+  base = _sampling(args)
   requests = [(prompt, base) for prompt in args.prompt]
   if args.prompts_file:
     requests += _read_file(pathlib.Path(args.prompts_file), base)
-  if not requests:
+  if not requests and (args.run or args.raw or args.out):
     raise ValueError("give --prompt=TEXT (it may be empty) or --prompts_file=FILE")
   return [(prompt, dataclasses.replace(setting, seed=(setting.seed + i) % 2**32))
           for prompt, setting in requests for i in range(args.n_samples)]
+
+
+def _sampling(args) -> Sampling:
+  given = {name: getattr(args, name) for name in FIELDS}
+  return Sampling(**given | {"stop": tuple(args.stop)}).validate()
 
 
 def _read_file(path, base):
@@ -176,8 +206,12 @@ def _read_json(line, base):
 
 
 def _load(args):
-  from infer.load import load_params, open_run
-  run = open_run(args.run)
+  from infer.load import find_ends, load_params, open_chat, open_run
+  run = open_run(args.run) if args.run else open_run(args.model, "--model")
+  chat = None if args.run or args.raw else open_chat(run)
+  if args.model and not args.raw and chat is None:
+    raise ValueError(f"--model={args.model} has no chat template: say --raw to continue a text without one")
+  stop_ids = find_ends(run, chat) if args.model else (run.tokenizer.eos_id,)
   import jax
 
   from infer.compile_cache import CompileCache
@@ -193,33 +227,75 @@ def _load(args):
   n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
   print(f"{run.path} at step {step}: {weights}, {n_params / 1e6:.1f}M parameters, computing in "
         f"{cfg.compute_dtype} on {mesh.size} {jax.devices()[0].device_kind}", file=sys.stderr)
-  return run, Generator(cfg, params, mesh, stop_ids=[run.tokenizer.eos_id], batch_size=args.batch_size)
+  return run, Generator(cfg, params, mesh, stop_ids=stop_ids, batch_size=args.batch_size), chat
 
 
-def _note_lengths(run, requests):
+def _encode(run, chat, args, prompts) -> list[list[int]]:
+  """What the model reads. A run's documents began with its marker; a model's begin as its tokenizer says."""
   from infer.text import encode_prompt
-  longest = max(len(encode_prompt(run.tokenizer, prompt)) + s.max_tokens for prompt, s in requests)
+  if chat is not None:
+    return [_ask(chat, [*_opening(args), {"role": "user", "content": prompt}]) for prompt in prompts]
+  bos = args.run is not None or run.tokenizer.add_bos
+  return [encode_prompt(run.tokenizer, prompt)[not bos and prompt != "":] for prompt in prompts]
+
+
+def _opening(args) -> list[dict]:
+  return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def _ask(chat, messages):
+  try:
+    return chat.encode(messages)
+  except ValueError as e:
+    raise BadPrompt(str(e)) from None
+
+
+def _talk(run, generator, chat, args, setting) -> None:
+  """Answers the lines of stdin, each with all that was said before it."""
+  from infer.text import stream
+  messages, ask = _opening(args), sys.stdin.isatty()
+  print("Ctrl-D ends the conversation; Ctrl-C an answer.", file=sys.stderr)
+  while True:
+    print("> " if ask else "", end="", flush=True)
+    line = sys.stdin.readline()
+    if not line:
+      return
+    if not line.strip():
+      continue
+    question, answer = {"role": "user", "content": line.removesuffix("\n")}, ""
+    prompt = _ask(chat, [*messages, question])
+    _note_lengths(run, [prompt], [(line, setting)])
+    with contextlib.suppress(KeyboardInterrupt):
+      for piece in stream(generator, run.tokenizer, [prompt], setting):
+        print(piece.text, end="", flush=True)
+        answer += piece.text
+    print(flush=True)
+    messages += [question, {"role": "assistant", "content": answer.strip()}]
+
+
+def _note_lengths(run, ids, requests):
+  longest = max(len(prompt) + s.max_tokens for prompt, (_, s) in zip(ids, requests))
   if longest > run.seq_len:
     print(f"note: up to {longest} tokens with the prompt, more than the {run.seq_len} that the model was "
           "trained on", file=sys.stderr)
 
 
-def _show_one(generator, tokenizer, prompt, setting):
+def _show_one(generator, tokenizer, ids, prompt, setting, *, echo):
   from infer.text import stream
-  print(prompt, end="", flush=True)
-  for piece in stream(generator, tokenizer, [prompt], setting):
+  print(prompt if echo else "", end="", flush=True)
+  for piece in stream(generator, tokenizer, ids, setting):
     print(piece.text, end="", flush=True)
   print()
 
 
-def _list_all(generator, tokenizer, requests, n_samples, out):
+def _list_all(generator, tokenizer, ids, requests, n_samples, out, *, echo):
   from infer.text import iter_completions
   prompts, settings = zip(*requests)
-  for i, done in iter_completions(generator, tokenizer, list(prompts), list(settings)):
+  for i, done in iter_completions(generator, tokenizer, ids, list(settings)):
     if out is None:
       sample = f", sample {i % n_samples + 1} of {n_samples}" if n_samples > 1 else ""
       print(f"--- prompt {i // n_samples + 1}{sample} ({len(done.tokens)} tokens, {done.finish})")
-      print(prompts[i] + done.text + "\n", flush=True)
+      print((prompts[i] if echo else "") + done.text + "\n", flush=True)
     else:
       record = {"prompt": prompts[i], "prompt_index": i // n_samples, "sample": i % n_samples,
                 **dataclasses.asdict(done), "settings": dataclasses.asdict(settings[i])}

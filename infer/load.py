@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 
+from data.chat import Chat, find_template
 from data.flags import from_json, nearest
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
@@ -14,7 +15,10 @@ from model.hub.orbax import find_checkpoints, find_steps, restore_params
 from model.transformer import abstract_params, check_names
 
 WEIGHTS = ("params", "ema")
-TOKENIZERS = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}  # In the run's folder.
+TOKENIZERS = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json",
+              "gguf": "tokenizer_gguf.json"}  # In the run's folder.
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+          "generation_config.json")  # What says more of an imported tokenizer.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,8 +30,8 @@ class Run:
   has_ema: bool
 
 
-def open_run(path) -> Run:
-  """Reads the small files of a run; no device is touched.
+def open_run(path, flag: str = "--run") -> Run:
+  """Reads the small files of a run, or of an imported model (`flag` "--model"); no device is touched.
 
   Raises:
     ValueError: it is no run, has no checkpoint, or its tokenizer is missing or of another size.
@@ -37,16 +41,25 @@ def open_run(path) -> Run:
     there = [p.parent.name for p in path.parent.glob("*/config.json")]
     near = nearest(path.name, there) or sorted(there)[:5]
     hint = f"; in {path.parent} there is {', '.join(near)}" if near else ""
-    raise ValueError(f"--run={path} is no run: {path / 'config.json'} does not exist{hint}")
+    what = "run" if flag == "--run" else "imported model"
+    raise ValueError(f"{flag}={path} is no {what}: {path / 'config.json'} does not exist{hint}")
   if not find_steps(path / "checkpoints"):
+    if flag == "--model":
+      raise ValueError(f"--model={path} has no checkpoints of ours: python -m model.hub import {path} DIR "
+                       "makes a folder that has")
     raise ValueError(f"--run={path} has no finished checkpoint yet")
   config = json.loads((path / "config.json").read_text())["config"]
   model = from_json(ModelConfig, config["model"], "model.")
   check_names(model)
-  tokenizer = _find_tokenizer(path, config["data"]["tokenizer"])
+  tokenizer = _find_tokenizer(path, config["data"]["tokenizer"], flag)
   if tokenizer.vocab_size != model.vocab_size:
-    raise ValueError(f"--run={path}: model.vocab_size={model.vocab_size}, but its tokenizer has "
-                     f"{tokenizer.vocab_size} tokens: it is not the one of the run")
+    if config["data"]["tokenizer"]["kind"] == "sentencepiece" and tokenizer.vocab_size < model.vocab_size:
+      raise ValueError(f"{flag}={path}: model.vocab_size={model.vocab_size}, but its tokenizer has "
+                       f"{tokenizer.vocab_size} tokens: it is not the one of the run")
+    try:  # Published models have rows that no token uses (Qwen), or tokens without a row (Gemma 3).
+      tokenizer = tokenizer.resized(model.vocab_size)
+    except ValueError as e:
+      raise ValueError(f"{flag}={path}: {e}: it is not the one of the run") from None
   return Run(path, model, tokenizer, config["seq_len"], config["optim"]["ema"] is not None)
 
 
@@ -85,15 +98,37 @@ def keep_tokenizer(tokenizer_path, kind: str, run_path) -> None:
   """Copies a tokenizer into a run's folder, where `open_run` looks: the cache may go, the run still talks."""
   source, target = pathlib.Path(tokenizer_path), pathlib.Path(run_path) / TOKENIZERS[kind]
   shutil.copyfile(source, target)
-  beside = source.with_name("tokenizer_config.json")  # Names the special tokens of a tokenizer.json.
-  if kind == "huggingface" and beside.is_file():
-    shutil.copyfile(beside, target.with_name(beside.name))
+  for beside in map(source.with_name, BESIDE):
+    if beside.is_file() and beside.parent.resolve() != target.parent.resolve():
+      shutil.copyfile(beside, target.with_name(beside.name))
 
 
-def _find_tokenizer(path, config):
+def open_chat(run: Run) -> Chat | None:
+  """The model's chat template with its tokenizer; None if the folder holds none.
+
+  Raises:
+    ValueError: the template is broken.
+  """
+  template = find_template(run.path)
+  return None if template is None else Chat(run.tokenizer, template)
+
+
+def find_ends(run: Run, chat: Chat | None = None) -> tuple[int, ...]:
+  """The ids that end a text: the tokenizer's, those of generation_config.json, the template's end of turn."""
+  found = {run.tokenizer.eos_id, *(chat.end_ids if chat else ())}
+  file = run.path / "generation_config.json"
+  try:
+    named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+  except (ValueError, AttributeError) as e:
+    raise ValueError(f"{file} cannot be read: {e}") from None
+  named = named if isinstance(named, list) else [named]
+  return tuple(sorted(found | {i for i in named if isinstance(i, int) and 0 <= i < run.model.vocab_size}))
+
+
+def _find_tokenizer(path, config, flag):
   kept = path / TOKENIZERS[config["kind"]]
   if kept.is_file():
     return load_tokenizer(kept, config["kind"])
   if config["path"] is None:
-    raise ValueError(f"--run={path} has no tokenizer: {kept} does not exist")
+    raise ValueError(f"{flag}={path} has no tokenizer: {kept} does not exist")
   return load_tokenizer(config["path"], config["kind"])

@@ -29,14 +29,17 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
   return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
-def stream(generator: Generator, tokenizer: Tokenizer, prompts: list[str],
+def stream(generator: Generator, tokenizer: Tokenizer, prompts: list[str | list[int]],
            settings: Sampling | list[Sampling]) -> collections.abc.Iterator[Piece]:
   """Yields a Piece a token. The joined text of a request holds no half character and no stop string.
+
+  Args:
+    prompts: texts, or ids where more than a text is meant, as of a chat template.
 
   Raises:
     ValueError: as Generator.generate's.
   """
-  ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+  ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
   each = [settings] * len(prompts) if isinstance(settings, Sampling) else settings
   cancelled = set()
   tokens = generator.generate(ids, each, cancelled=cancelled)
@@ -56,14 +59,14 @@ def stream(generator: Generator, tokenizer: Tokenizer, prompts: list[str],
   return read()
 
 
-def complete(generator: Generator, tokenizer: Tokenizer, prompts: list[str],
+def complete(generator: Generator, tokenizer: Tokenizer, prompts: list[str | list[int]],
              settings: Sampling | list[Sampling]) -> list[Completion]:
   """What follows each prompt."""
   done = dict(iter_completions(generator, tokenizer, prompts, settings))
   return [done[i] for i in range(len(prompts))]
 
 
-def iter_completions(generator: Generator, tokenizer: Tokenizer, prompts: list[str],
+def iter_completions(generator: Generator, tokenizer: Tokenizer, prompts: list[str | list[int]],
                      settings: Sampling | list[Sampling]) -> collections.abc.Iterator[tuple[int, Completion]]:
   """Yields (request, Completion) of each text as it ends."""
   growing = [Completion() for _ in prompts]

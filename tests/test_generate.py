@@ -1,4 +1,5 @@
 """Text in, text out: streaming, stop strings, and the command line on a small run."""
+import io
 import json
 import os
 import re
@@ -11,12 +12,13 @@ from configs.tiny import get_config
 from data.config import TokenizerConfig
 from data.flags import as_json, write_config_json
 from data.tokenizer import Tokenizer, train_tokenizer
-from infer.decode import Generator
+from infer.decode import Generator, Stats, Token
 from infer.generate import find_run, main, make_parser, read_requests
-from infer.load import keep_tokenizer, load_params, open_run
+from infer.load import keep_tokenizer, load_params, open_chat, open_run
 from infer.sampling import Sampling
 from infer.text import Reader, complete, encode_prompt, stream
 from model.transformer import init_params
+from tests.test_chat import TEMPLATES, byte_level
 from tests.tiny import mesh_of
 from train.checkpoint import Checkpointer
 
@@ -242,8 +244,92 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run_path, tmp_path, capsy
   assert code == 1 and "damaged" in err
 
 
+# Imported models.
+
+@pytest.fixture(scope="module")
+def model_path(run_path):
+  """The run as if it were imported: with a tokenizer.json and a chat template of its own."""
+  path = shutil.copytree(run_path, run_path.parent / "imported")
+  (path / "tokenizer.model").unlink()
+  config = json.loads((path / "config.json").read_text())
+  config["config"]["data"]["tokenizer"] |= {"kind": "huggingface", "path": None}
+  (path / "config.json").write_text(json.dumps(config))
+  byte_level().save(str(path / "tokenizer.json"))
+  (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>",
+                                                          "chat_template": TEMPLATES["llama3"]}))
+  (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9999]}))
+  return path
+
+
+class Scripted:
+  """Says "Hi <", then the last of its stop ids; what it was asked is in `asked`. Nothing is compiled."""
+  asked, says = [], []
+
+  def __init__(self, cfg, params, mesh, *, stop_ids, batch_size):
+    self.stop_ids, self.stats = stop_ids, Stats()
+
+  def generate(self, prompts, settings, *, cancelled):
+    for i, prompt in enumerate(prompts):
+      self.asked.append((list(prompt), self.stop_ids))
+      for token in (*self.says, self.stop_ids[-1]):
+        yield Token(i, token, 0.0, "stop" if token == self.stop_ids[-1] else None)
+
+
+@pytest.fixture
+def talker(model_path, monkeypatch):
+  """(tokenizer, chat, what the model was asked)."""
+  monkeypatch.setattr("infer.decode.Generator", Scripted)
+  monkeypatch.setattr(Scripted, "asked", [])
+  run = open_run(model_path, "--model")
+  assert run.tokenizer.vocab_size == 320 and not run.tokenizer.decode([319])  # Rows without a token.
+  monkeypatch.setattr(Scripted, "says", run.tokenizer.encode("Hi <"))
+  return run.tokenizer, open_chat(run), Scripted.asked
+
+
+def test_a_model_is_asked_through_its_template(model_path, talker, capsys):
+  tokenizer, chat, asked = talker
+  messages = [{"role": "system", "content": "Be <|eot_id|> kind"}, {"role": "user", "content": "Who?"}]
+  code, out, _ = run_main(capsys, f"--model={model_path}", "--prompt=Who?", "--system=Be <|eot_id|> kind")
+  (ids, ends), = asked
+  assert (code, out, ids) == (0, "Hi <\n", chat.encode(messages))
+  assert ids.count(tokenizer.specials["<|eot_id|>"].id) == 2
+  assert set(ends) == {7, tokenizer.eos_id, tokenizer.specials["<|eot_id|>"].id}
+  code, out, _ = run_main(capsys, f"--model={model_path}", "--prompt=Who?", "--raw")
+  assert (code, out) == (0, "Who?Hi <\n")
+  assert asked[1] == ([tokenizer.bos_id, *tokenizer.encode("Who?")], tuple(sorted({7, tokenizer.eos_id})))
+
+
+def test_a_conversation_keeps_what_was_said(model_path, talker, capsys, monkeypatch):
+  _, chat, asked = talker
+  monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\nAnd <|eot_id|>?\n"))
+  code, out, err = run_main(capsys, f"--model={model_path}")
+  assert code == 0 and "Ctrl-D" in err and out == "Hi <\nHi <\n"
+  said = [{"role": r, "content": c} for r, c in (
+      ("user", "Who?"), ("assistant", "Hi <"), ("user", "And <|eot_id|>?"))]
+  assert [ids for ids, _ in asked] == [chat.encode(said[:1]), chat.encode(said)]
+
+
+@pytest.mark.parametrize("flags, words", [
+  ([], "give --run=DIR .* or --model=DIR"),
+  (["--run={}", "--model={}"], "not both"),
+  (["--run={}", "--raw", "--prompt=a"], "--raw is about a chat template"),
+  (["--model={}", "--raw", "--system=a", "--prompt=a"], "--raw leaves out"),
+  (["--model={}", "--raw"], "give --prompt=TEXT"),
+  (["--model={}/../small", "--prompt=a"], "no chat template: say --raw"),
+  (["--model={}/checkpoints", "--prompt=a"], "--model=.* is no imported model"),
+  (["--model={}/../refusing", "--prompt=a"], "chat template: .*say it with flowers")])
+def test_mistakes_about_models_exit_2(model_path, capsys, flags, words):
+  if any("refusing" in flag for flag in flags):
+    path = shutil.copytree(model_path, model_path.parent / "refusing")
+    template = "{% if messages | length == 1 %}{{ raise_exception('say it with flowers') }}{% endif %}"
+    (path / "chat_template.jinja").write_text(template)
+  code, _, err = run_main(capsys, *(flag.replace("{}", str(model_path)) for flag in flags))
+  assert code == 2 and "Traceback" not in err and re.search(words, err), err
+
+
 def test_help_teaches(capsys):
   code, out, _ = run_main(capsys, "--help")
   assert code == 0
-  for word in ("python -m infer.generate --run=", "--top_p", "0 is greedy", "Hugging Face", "--n_samples"):
+  for word in ("python -m infer.generate --run=", "--model=smollm2", "--raw",
+               "--top_p", "0 is greedy", "Hugging Face", "--n_samples"):
     assert word in out

@@ -116,6 +116,7 @@ def test_a_template_may_look_into_what_the_assistant_said(tokenizer):
   chat = Chat(tokenizer, TEMPLATES["qwen"])
   said = lambda text: chat.encode([TALK[0], {"role": "assistant", "content": text}, TALK[2]])
   assert said("<think>\nhm\n</think>\n\nFour") == said("Four") != said("hm Four")
+  assert said("<think>\nhm\n</think>Say <|im_end|>") == said("Say <|im_end|>")
 
 
 SPELT = st.lists(st.one_of(

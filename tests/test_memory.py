@@ -31,6 +31,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "memory.json"
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 MOE = ("model.ffn=moe", "model.n_experts=8", "model.n_experts_per_token=2")
 RAGGED = "model.grouped_impl=ragged_dot"
+MLA = ("model.attention=mla", "model.n_kv_heads=16", "model.q_lora_rank=768", "model.kv_lora_rank=512",
+       "model.qk_nope_head_dim=128", "model.qk_rope_head_dim=64", "model.v_head_dim=128")
 LLAMA = ("model.n_layers=32", "model.d_model=4096", "model.n_heads=32", "model.d_ff=14336", "loss_chunk=2048")
 # Name -> (topology, what differs from `base`): splash attention, full remat and FSDP if nothing else is said.
 PAIRS = {
@@ -65,6 +67,8 @@ PAIRS = {
   "dense_pure": ("v5e:2x2", ("model.precision=pure_bf16",)),
   "dense_tight": ("v5e:2x2", ("model.n_layers=56", "batch_size=16", "data.tokenizer.vocab_size=64000")),
   "dense_dotproduct": ("v5e:2x2", ("model.attention_impl=dot_product",)),
+  "mla_full": ("v5p:2x2x1", MLA),
+  "mla_tensor": ("v5p:2x2x1", (*MLA, "mesh.tensor=2", "mesh.fsdp=2", "model.remat=none")),
   "moe_mixtral": ("v5p:4x4x4", (*MOE, *LLAMA, "mesh.expert=8", "mesh.fsdp=8", "seq_len=4096",
     "batch_size=64")),
 }
@@ -125,7 +129,8 @@ def test_a_row_of_every_kind():
   assert {row["topology"][:3] for row in rows()} == {"v5e", "v5p", "v6e"}
 
 
-@pytest.mark.parametrize("remat, changes", [("full", ()), ("outputs", ()), ("dots", ()), ("dots", MOE)])
+@pytest.mark.parametrize("remat, changes", [
+  ("full", ()), ("outputs", ()), ("dots", ()), ("dots", MOE), ("dots", MLA)])
 def test_saved_activations_are_what_the_gradient_of_a_block_keeps(remat, changes):
   """Against the residuals of the block's own trace, but for its parameters, positions and segments."""
   cfg = override(base(), [f"model.remat={remat}", *changes]).validate(4)
@@ -153,10 +158,11 @@ def test_saved_activations_are_what_the_gradient_of_a_block_keeps(remat, changes
   dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(stage=2, expert=2, seq=2), dict(fsdp=2, tensor=4)])
 @pytest.mark.parametrize("changes", [
   (), ("optim.name=muon",), ("optim.name=adafactor",), ("optim.ema=0.99", "model.rules.embed=()"),
-  (*MOE, "model.n_shared_experts=1", "model.router=sigmoid", "model.router_bias=True")])
+  (*MOE, "model.n_shared_experts=1", "model.router=sigmoid", "model.router_bias=True"),
+  (*MLA, "optim.name=muon")])
 def test_every_array_of_the_state_is_counted_in_its_shards(mesh, changes):
   """Against the shard shapes that JAX gives on that very mesh."""
-  cfg = override(base(), [*changes, "model.n_kv_heads=2", "model.context=ulysses",
+  cfg = override(base(), ["model.n_kv_heads=2", *changes, "model.context=ulysses",
                           *(f"mesh.{a}={k}" for a, k in mesh.items())])
   cfg.mesh.fsdp = max(cfg.mesh.fsdp, 1)
   n = math.prod(mesh.values())

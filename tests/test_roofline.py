@@ -18,7 +18,7 @@ from model.transformer import abstract_params
 from tests import test_hlo
 from tests.anchors import ANCHORS
 from tests.test_step import run_config
-from tests.tiny import MOE, trace_step
+from tests.tiny import MLA, MOE, trace_step
 from train.chips import CHIP
 from train.config import MeshConfig
 from train.hlo import collectives
@@ -32,7 +32,8 @@ MAXTEXT_OVERLAPS = (*WEIGHT_AXES, "tensor")
 
 @pytest.mark.parametrize("model", [
   dict(n_layers=2, ffn="gelu", head="tied", window=9),
-  MOE | dict(n_layers=3, n_dense_layers=1, n_shared_experts=1, router="sigmoid")])
+  MOE | dict(n_layers=3, n_dense_layers=1, n_shared_experts=1, router="sigmoid"), MLA,
+  MLA | dict(q_lora_rank=None)])
 def test_model_flops_are_those_of_count(model):
   cfg = run_config(model=model)
   cfg.mesh = MeshConfig(fsdp=1)
@@ -56,10 +57,11 @@ def _dot_flops(jaxpr) -> float:
   return total
 
 
-@pytest.mark.parametrize("remat", [
-  "none", "full", *(pytest.param(r, marks=pytest.mark.slow) for r in RECOMPUTED if r in ("dots", "outputs"))])
-def test_hardware_flops_are_those_of_the_traced_step(remat):
-  cfg = run_config(model=dict(n_layers=4, remat=remat, attention_impl="dot_product"))
+@pytest.mark.parametrize("remat, model", [
+  ("none", {}), ("full", {}), ("none", MLA | dict(attention_impl="plain")),
+  *(pytest.param(r, {}, marks=pytest.mark.slow) for r in RECOMPUTED if r in ("dots", "outputs"))])
+def test_hardware_flops_are_those_of_the_traced_step(remat, model):
+  cfg = run_config(model=dict(n_layers=4, remat=remat, attention_impl="dot_product") | model)
   cfg.mesh = MeshConfig(fsdp=1)
   cfg.validate(1)
   traced = trace_step(cfg, abstract_mesh(data=1), closed=True)[1]

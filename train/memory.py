@@ -125,8 +125,9 @@ class _Local:
 
   Attributes:
     tokens: how many of one micro-batch are in one layer; rows: of how many rows.
-    x, q, kv, h: an array of the residual stream, of the queries, of the keys (or values), of a hidden layer
-      of the feed-forward.
+    x, q, kv, h: an array of the residual stream, of the queries, of the keys (or values: their mean), of a
+      hidden layer of the feed-forward.
+    out: of attention's results; latent: of what latent attention makes those of.
   """
 
   def __init__(self, cfg, model, sizes, leaves):
@@ -139,7 +140,11 @@ class _Local:
     self.tokens = self.rows * cfg.seq_len / self.ways("length")
     self.x = self.rows * cfg.seq_len / self.ways("residual") * m.d_model * self.c
     self.q = self.tokens * m.n_heads / self.ways("heads") * m.head_dim * self.c
-    self.kv = self.tokens * m.n_kv_heads / self.ways("kv_heads") * m.head_dim * self.c
+    widths = (m.head_dim + m.value_dim) / 2
+    self.kv = self.tokens * m.n_kv_heads / self.ways("kv_heads") * widths * self.c
+    self.out = self.q * m.value_dim / m.head_dim
+    made_of = (m.q_lora_rank or 0) + m.kv_lora_rank + m.qk_rope_head_dim if m.latent else 0
+    self.latent = self.tokens * made_of * self.c
     self.params = [leaf for leaf in leaves if leaf.part == "parameters"]
     self.blocks = [leaf for leaf in self.params if leaf.path[0] in ("blocks", "first_blocks")]
     self.layers = m.n_layers / self.stages
@@ -190,15 +195,16 @@ class _Local:
     flat = self.tokens * m.d_model * c
     hidden = 2 * self.h if m.ffn != "moe" else self.tokens * m.n_experts * 4
     if m.remat == "dots":
-      return self.x + self.q + 2 * self.kv + flat + hidden
+      return self.x + self.q + 2 * self.kv + self.latent + flat + hidden
     pairs = 2 * self.pairs * m.d_model * c + 2 * flat if m.ffn == "moe" else 0
-    return 4 * self.x * 4 / c + 2 * flat + 3 * self.q + 2 * self.kv + 6 * self.h + pairs  # none.
+    attention = 2 * self.q + self.out + 2 * self.kv + 3 * self.latent
+    return 4 * self.x * 4 / c + 2 * flat + attention + 6 * self.h + pairs  # none.
 
   def attention(self):
     """Of one layer's backward pass."""
     m = self.model
     heads = m.n_heads / self.ways("heads")
-    total = 3 * self.q + 2 * self.kv
+    total = 2 * self.q + self.out + 2 * self.kv + 2 * self.latent
     if m.attention_impl == "splash":
       total += self.tokens * heads * LANES * 4  # Its normalisers, a row of lanes each.
     if m.attention_impl in ("dot_product", "plain"):
@@ -207,7 +213,8 @@ class _Local:
 
 
 def _is_matrix(leaf):
-  return len(leaf.shape) > 2 and leaf.path[-1] != "w_router" and not leaf.path[-1].endswith("bias")
+  name = leaf.path[-1]
+  return len(leaf.shape) > 2 and name not in ("w_router", "scale") and not name.endswith("bias")
 
 
 def _moments(cfg, local, hoists):

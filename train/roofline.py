@@ -183,6 +183,9 @@ def matrix_parameters(m) -> int:
   """Parameters that one token meets in products: all but norms, biases and the look-up."""
   D, H = m.d_model, m.head_dim
   attention = D * H * (2 * m.n_heads + 2 * m.n_kv_heads)
+  if m.latent:
+    attention = sum(inner * outer * (m.n_heads if split else 1) for inner, outer, split in _latent(m))
+    attention += m.n_heads * m.v_head_dim * D
   gated = 3 if m.ffn in ("swiglu", "geglu", "moe") else 2
   dense = gated * D * m.d_ff
   layers = m.n_layers * attention
@@ -193,6 +196,14 @@ def matrix_parameters(m) -> int:
   else:
     layers += m.n_layers * dense
   return layers + D * m.padded_vocab_size
+
+
+def _latent(m):
+  """(inner, outer, whether each head has its own) of the products that make queries, keys and values."""
+  D, H, Q, R = m.d_model, m.head_dim, m.q_lora_rank, m.kv_lora_rank
+  queries = [(D, H, True)] if Q is None else [(D, Q, False), (Q, H, True)]
+  keys, values = (R, m.qk_nope_head_dim, True), (R, m.v_head_dim, True)
+  return [*queries, (D, R + m.qk_rope_head_dim, False), keys, values]
 
 
 # What a layer computes.
@@ -216,8 +227,12 @@ class Product:
 def _products(work, kind):
   m, t = work.model, work.tokens
   D, H = m.d_model, m.head_dim
-  yield Product("qkv", t, D, (m.n_heads / work.heads + 2 * m.n_kv_heads / work.kv) * H)
-  yield Product("out", t, m.n_heads * H / work.heads, D)
+  if m.latent:
+    for inner, outer, split in _latent(m):
+      yield Product("qkv", t, inner, outer * (m.n_heads / work.heads if split else 1))
+  else:
+    yield Product("qkv", t, D, (m.n_heads / work.heads + 2 * m.n_kv_heads / work.kv) * H)
+  yield Product("out", t, m.n_heads * m.value_dim / work.heads, D)
   if kind != "moe":
     gated = 2 if kind in ("swiglu", "geglu") else 1
     yield Product("ffn_in", t, D, gated * m.d_ff / work.tensor)
@@ -262,17 +277,18 @@ def _add_attention(cost, work, again):
   seen = work.pairs_flops / 12 / m.n_layers * (2 / work.heads)  # FLOPs forward are 4 a pair and head dim.
   whole = m.attention_impl in WHOLE_SCORES
   if whole:
-    seen = 2 * m.n_heads * m.head_dim * cfg.seq_len / work.heads
+    seen = m.n_heads * (m.head_dim + m.value_dim) * cfg.seq_len / work.heads
   passes = 1 + (2 if whole else 2.5) + again
   flops = 2 * seen * work.tokens * passes
   heads = m.n_heads / work.heads
-  n_bytes = work.width * work.tokens * m.head_dim * (2 * heads + 2 * m.n_kv_heads / work.kv) * passes
+  widths = m.head_dim + m.value_dim
+  n_bytes = work.width * work.tokens * widths * (heads + m.n_kv_heads / work.kv) * passes
   if whole:  # Scores are written and read: by the softmax, and by the product with the values.
     n_bytes += 4 * 4 * work.tokens * heads * cfg.seq_len * passes
   filled = m.head_dim / (math.ceil(m.head_dim / work.chip.mxu) * work.chip.mxu)
   cost.flops += flops
   cost.bytes += n_bytes
-  vector = SOFTMAX_OPS * seen / m.head_dim / 2 * work.tokens * (2 + again) / work.vector
+  vector = SOFTMAX_OPS * seen / widths * work.tokens * (2 + again) / work.vector
   cost.seconds["attention"] += max(flops / work.peak / filled, n_bytes / work.memory, vector)
 
 
@@ -282,6 +298,8 @@ def _add_elementwise(cost, work, kind, again):
   m, t = work.model, work.tokens
   finer = work.ways("residual") / work.ways("length")
   numbers = 6 * m.d_model * t / finer + 2 * m.head_dim * (m.n_heads / work.heads + m.n_kv_heads / work.kv) * t
+  if m.latent:  # Their norms.
+    numbers += 2 * (m.kv_lora_rank + (m.q_lora_rank or 0)) * t
   gate = 3 if kind in ("swiglu", "geglu", "moe") else 2
   if kind == "moe":  # Rows are dealt out and put together.
     rows = _expert_rows(work)
@@ -343,12 +361,15 @@ def _add_layer_wire(cost, work, kind, again):
 
 def _add_tensor_wire(cost, work, kind, x, again):
   """Row-parallel products end in a sum. Backward, so does what each column-parallel product has for the
-  gradient of its input: one sum each of q, k and v, of gate and up."""
-  net, rules = work.network, work.rules
+  gradient of its input: one sum each of q, k and v, of gate and up; of latents where those are its input."""
+  net, rules, m = work.network, work.rules, work.model
   readers = {"heads": 3, "mlp": 1 if kind in ("gelu", "relu", "moe") else 2}
   for rule, n in readers.items():
     for axis in work.split(getattr(rules, rule)):
-      net.send(cost, axis, "all-reduce", n * x)
+      numbers = n * m.d_model
+      if rule == "heads" and m.latent:
+        numbers = (m.q_lora_rank or m.d_model) + 2 * m.kv_lora_rank + m.qk_rope_head_dim
+      net.send(cost, axis, "all-reduce", numbers / m.d_model * x)
       if axis in rules.residual:  # Sequence parallel: half of the sum, and half before what reads it.
         net.send(cost, axis, "reduce-scatter", x)
         net.send(cost, axis, "all-gather", 2 * x)
@@ -360,15 +381,15 @@ def _add_tensor_wire(cost, work, kind, x, again):
 
 def _add_context_wire(cost, work, again):
   m, net = work.model, work.network
-  token = work.width * m.head_dim
-  kv, q = (token * work.tokens * heads for heads in (2 * m.n_kv_heads / work.kv, m.n_heads / work.heads))
+  both = work.width * (m.head_dim + m.value_dim) * work.tokens  # Of keys and values, of queries and results.
+  kv, q = (both * heads for heads in (m.n_kv_heads / work.kv, m.n_heads / work.heads))
   for axis in work.split(work.rules.length):
     ways = work.sizes[axis]
     if m.context == "gather":
       net.send(cost, axis, "all-gather", (1 + again) * ways * kv)
       net.send(cost, axis, "reduce-scatter", ways * kv)
     elif m.context == "ulysses":
-      net.send(cost, axis, "all-to-all", (2 + again) * (kv + 2 * q))
+      net.send(cost, axis, "all-to-all", (2 + again) * (kv + q))
     else:  # Rings: keys and values go round; backward their float32 gradients go with them.
       hops = ways - 1
       net.send(cost, axis, "collective-permute", hops * kv * (2 + again + 4 / work.width))

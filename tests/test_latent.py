@@ -1,0 +1,67 @@
+"""Latent attention: meshes, the cache, and decoding that never makes a key. Its formula is in
+tests/test_definition.py."""
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from infer.decode import Generator
+from infer.sampling import Sampling
+from model.cache import init_cache
+from model.count import cache_bytes
+from model.sharding import make_mesh
+from model.transformer import init_params
+from tests.tiny import MLA, YARN, mesh_of, model_config, packed_batch, put
+from train.losses import loss_spec, next_token_loss
+
+CFG = model_config(**MLA, rope_scaling=YARN, init="fan_in", attention_impl="chunked")
+
+
+@functools.cache
+def loss_and_gradient(cfg, *sizes):
+  """Of the packed rows, on the host."""
+  mesh = make_mesh(**dict(sizes)) if sizes else mesh_of("one")
+  with jax.set_mesh(mesh):
+    graphdef, params = init_params(cfg, mesh, jax.random.key(0))
+    loss = lambda params, batch: next_token_loss(loss_spec(cfg, 64, 0.0), nnx.merge(graphdef, params), batch)[0]
+    return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, put(cfg, mesh, packed_batch())))
+
+
+@pytest.mark.parametrize("sizes, changes", [
+  (dict(fsdp=4, tensor=2), dict(attention_impl="dot_product")),
+  (dict(fsdp=2, seq=2, tensor=2), dict(context="ring"))])
+def test_every_mesh_computes_the_same(sizes, changes):
+  """Heads over "tensor", ranks over "fsdp", keys and values of unequal widths round the ring."""
+  loss, gradient = loss_and_gradient(CFG)
+  got, got_gradient = loss_and_gradient(dataclasses.replace(CFG, **changes), *sizes.items())
+  assert got == pytest.approx(loss, rel=1e-6)
+  for (path, want), found in zip(jax.tree_util.tree_flatten_with_path(gradient)[0], jax.tree.leaves(got_gradient)):
+    np.testing.assert_allclose(found, want, atol=2e-5 * np.abs(want).max(), err_msg=str(path))
+
+
+def test_the_cache_is_the_latents():
+  """Bytes of the arrays that there are, (R + r) numbers a token and layer: of all heads it would be N (H + V)."""
+  for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+    cfg = dataclasses.replace(CFG, compute_dtype=dtype)
+    with jax.set_mesh(mesh_of("one")):
+      held = sum(a.nbytes for a in jax.tree.leaves(init_cache(cfg, 3, 64)))
+    assert held == 3 * 64 * cfg.n_layers * (16 + 4) * itemsize == 3 * cache_bytes(cfg, 64)
+  deepseek = dataclasses.replace(cfg, kv_lora_rank=512, qk_rope_head_dim=64, n_layers=61)
+  assert cache_bytes(deepseek, 1) == 61 * (512 + 64) * 2
+
+
+def test_sharded_decode_equals_one_device():
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(3, 300, n).tolist() for n in (40, 3, 17, 1)]
+  made = []
+  for mesh in (mesh_of("one"), make_mesh(fsdp=4, tensor=2)):
+    with jax.set_mesh(mesh):
+      _, params = init_params(CFG, mesh, jax.random.key(0))
+    generator = Generator(CFG, params, mesh, prefill_chunk=32)
+    made.append(list(generator.generate(prompts, Sampling(temperature=0.0, max_tokens=12))))
+  one, sharded = (sorted(tokens, key=lambda token: token.request) for tokens in made)
+  assert [(t.request, t.id, t.finish) for t in one] == [(t.request, t.id, t.finish) for t in sharded]
+  np.testing.assert_allclose([t.logprob for t in one], [t.logprob for t in sharded], atol=1e-5)

@@ -17,7 +17,7 @@ from model.transformer import init_params
 from tests.tiny import MLA, YARN, mesh_of, model_config, packed_batch, put
 from train.losses import loss_spec, next_token_loss
 
-CFG = model_config(**MLA, rope_scaling=YARN, init="fan_in", attention_impl="chunked")
+CFG = model_config(**MLA, n_layers=1, rope_scaling=YARN, init="fan_in", attention_impl="chunked")
 
 
 @functools.cache
@@ -26,7 +26,8 @@ def loss_and_gradient(cfg, *sizes):
   mesh = make_mesh(**dict(sizes)) if sizes else mesh_of("one")
   with jax.set_mesh(mesh):
     graphdef, params = init_params(cfg, mesh, jax.random.key(0))
-    loss = lambda params, batch: next_token_loss(loss_spec(cfg, 64, 0.0), nnx.merge(graphdef, params), batch)[0]
+    spec = loss_spec(cfg, 64, 0.0)
+    loss = lambda params, batch: next_token_loss(spec, nnx.merge(graphdef, params), batch)[0]
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, put(cfg, mesh, packed_batch())))
 
 
@@ -38,12 +39,13 @@ def test_every_mesh_computes_the_same(sizes, changes):
   loss, gradient = loss_and_gradient(CFG)
   got, got_gradient = loss_and_gradient(dataclasses.replace(CFG, **changes), *sizes.items())
   assert got == pytest.approx(loss, rel=1e-6)
-  for (path, want), found in zip(jax.tree_util.tree_flatten_with_path(gradient)[0], jax.tree.leaves(got_gradient)):
+  paths = jax.tree_util.tree_flatten_with_path(gradient)[0]
+  for (path, want), found in zip(paths, jax.tree.leaves(got_gradient)):
     np.testing.assert_allclose(found, want, atol=2e-5 * np.abs(want).max(), err_msg=str(path))
 
 
 def test_the_cache_is_the_latents():
-  """Bytes of the arrays that there are, (R + r) numbers a token and layer: of all heads it would be N (H + V)."""
+  """Bytes of the arrays that there are: R + r numbers a token and layer, where all heads have N (H + V)."""
   for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
     cfg = dataclasses.replace(CFG, compute_dtype=dtype)
     with jax.set_mesh(mesh_of("one")):

@@ -195,7 +195,8 @@ class _Local:
     flat = self.tokens * m.d_model * c
     hidden = 2 * self.h if m.ffn != "moe" else self.tokens * m.n_experts * 4
     if m.remat == "dots":
-      return self.x + self.q + 2 * self.kv + self.latent + flat + hidden
+      copies = self.q * m.qk_rope_head_dim / m.head_dim if m.latent else 0  # No product made those.
+      return self.x + self.q + 2 * self.kv - copies + self.latent + flat + hidden
     pairs = 2 * self.pairs * m.d_model * c + 2 * flat if m.ffn == "moe" else 0
     attention = 2 * self.q + self.out + 2 * self.kv + 3 * self.latent
     return 4 * self.x * 4 / c + 2 * flat + attention + 6 * self.h + pairs  # none.

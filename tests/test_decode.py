@@ -334,6 +334,12 @@ def test_mistakes_are_named_before_anything_runs(prompts, settings, words):
     make_generator(make_config()).generate(prompts, settings)
 
 
+def test_a_text_longer_than_the_table_of_positions_is_refused():
+  generator = make_generator(make_config(n_layers=1, positions="learned", max_length=30))
+  with pytest.raises(ValueError, match="prompt 0.*max_tokens=20.*model.max_length=30.*nearest valid.*: 5"):
+    generator.generate([[1] * 25], GREEDY)
+
+
 def test_which_requests_share_a_batch_decides_nothing_about_experts():
   """A model trained with room for so many tokens decodes without a limit: alone or beside another row."""
   cfg = make_config(**MOE | dict(dispatch="capacity", capacity_factor=0.5))

@@ -169,12 +169,15 @@ def test_a_soft_cap_needs_a_kernel_that_has_one():
   check_names(ModelConfig(**capped).validate())  # auto chooses one.
 
 
-@pytest.mark.parametrize("sizes, changes", [
-  (dict(tensor=2, data=4), dict(heads=())), (dict(tensor=4, data=2), dict(kv_heads=())),
-  (dict(tensor=4, data=2), dict(mlp=())), (dict(seq=2, tensor=4), dict(length=("seq", "tensor"), residual=(
-      "seq", "tensor"), heads=(), kv_heads=(), mlp=(), vocab=(), loss_length=("seq", "tensor")))])
-def test_other_rules_are_the_same_model(sizes, changes):
-  """Heads, kv heads and widths may each be split or not."""
+@pytest.mark.parametrize("sizes, changes, model", [
+  (dict(tensor=2, data=4), dict(heads=()), {}), (dict(tensor=4, data=2), dict(kv_heads=()), {}),
+  (dict(tensor=4, data=2), dict(mlp=()), {}),
+  (dict(seq=2, tensor=4), dict(length=("seq", "tensor"), residual=("seq", "tensor"), heads=(), kv_heads=(),
+                               mlp=(), vocab=(), loss_length=("seq", "tensor")), {}),
+  (dict(fsdp=2, tensor=4), {}, dict(qk_norm="rmsnorm", qk_norm_over="all", positions="learned",
+                                    max_length=48, n_layers=1))])
+def test_other_rules_are_the_same_model(sizes, changes, model):
+  """Heads, kv heads and widths may each be split or not; norms and tables that go over what is split."""
   def hidden(cfg, mesh):
     with jax.set_mesh(mesh):
       graphdef, params = init_params(cfg, mesh, jax.random.key(0))
@@ -183,8 +186,8 @@ def test_other_rules_are_the_same_model(sizes, changes):
       return np.asarray(forward(params, *(batch[k] for k in ("tokens", "positions", "segments"))))
 
   rules = dataclasses.replace(TRAIN, **changes)
-  want = hidden(model_config(), mesh_of("one"))
-  np.testing.assert_allclose(hidden(model_config(rules=rules), make_mesh(**sizes)), want, atol=1e-5)
+  want = hidden(model_config(**model), mesh_of("one"))
+  np.testing.assert_allclose(hidden(model_config(rules=rules, **model), make_mesh(**sizes)), want, atol=1e-5)
 
 
 def test_the_partitioner_has_no_surprise(capfd):

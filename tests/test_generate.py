@@ -301,12 +301,13 @@ def test_a_model_is_asked_through_its_template(model_path, talker, capsys):
 
 def test_a_conversation_keeps_what_was_said(model_path, talker, capsys, monkeypatch):
   _, chat, asked = talker
-  monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\nAnd <|eot_id|>?\n"))
+  monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\nAnd <|eot_id|>?\nSo\n"))
   code, out, err = run_main(capsys, f"--model={model_path}")
-  assert code == 0 and "Ctrl-D" in err and out == "Hi <\nHi <\n"
+  assert code == 0 and "Ctrl-D" in err and out == "Hi <\n" * 3
   said = [{"role": r, "content": c} for r, c in (
-      ("user", "Who?"), ("assistant", "Hi <"), ("user", "And <|eot_id|>?"))]
-  assert [ids for ids, _ in asked] == [chat.encode(said[:1]), chat.encode(said)]
+      ("user", "Who?"), ("assistant", "Hi <"), ("user", "And <|eot_id|>?"),
+      ("assistant", "Hi <"), ("user", "So"))]
+  assert [ids for ids, _ in asked] == [chat.encode(said[:n]) for n in (1, 3, 5)]
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -11,7 +11,7 @@ from flax import nnx
 from infer.decode import Generator
 from infer.sampling import Sampling
 from model.cache import init_cache
-from model.count import cache_bytes
+from model.count import cache_bytes, flops_per_token
 from model.sharding import make_mesh
 from model.transformer import init_params
 from tests.tiny import MLA, YARN, mesh_of, model_config, packed_batch, put
@@ -53,6 +53,11 @@ def test_the_cache_is_the_latents():
     assert held == 3 * 64 * cfg.n_layers * (16 + 4) * itemsize == 3 * cache_bytes(cfg, 64)
   deepseek = dataclasses.replace(cfg, kv_lora_rank=512, qk_rope_head_dim=64, n_layers=61)
   assert cache_bytes(deepseek, 1) == 61 * (512 + 64) * 2
+
+
+def test_pairs_cost_what_keys_and_values_are_wide():
+  """4 heads of 6 + 4 numbers with values of 8: 2 FLOPs each forward, twice that backward; on average 3 keys of 5."""
+  assert flops_per_token(CFG, 5, CFG.padded_vocab_size * CFG.d_model) == 3 * 2 * 4 * (10 + 8) * 3
 
 
 def test_sharded_decode_equals_one_device():

@@ -56,7 +56,7 @@ def test_the_cache_is_the_latents():
 
 
 def test_pairs_cost_what_keys_and_values_are_wide():
-  """4 heads of 6 + 4 numbers with values of 8: 2 FLOPs each forward, twice that backward; on average 3 keys of 5."""
+  """4 heads of 10 numbers with values of 8: 2 FLOPs each forward, twice that backward; 3 keys a query."""
   assert flops_per_token(CFG, 5, CFG.padded_vocab_size * CFG.d_model) == 3 * 2 * 4 * (10 + 8) * 3
 
 

@@ -184,7 +184,7 @@ def _copy_tokenizer(source, target) -> str:
 def _describe(source, tokenizer_kind):
   """config.json of the run, and most of meta.json: the model, what inference reads, where it came from."""
   longest = source.config.get("max_position_embeddings") or source.config.get("n_positions") or 2048
-  config = {"model": dataclasses.asdict(source.model), "seq_len": longest, "optim": {"ema": None},
+  config = {"model": dataclasses.asdict(source.model), "seq_len": longest, "steps": 0, "optim": {"ema": None},
             "data": {"tokenizer": {"kind": tokenizer_kind, "path": None}}}
   return {"config": config, "hub": {"family": source.family.name, "config": source.config}}
 

@@ -21,7 +21,7 @@ ROPE = {
                    original_max_position_embeddings=ORIGINAL, factor=4.0),
 }
 MLA = dict(n_routed_experts=8, moe_intermediate_size=24, kv_lora_rank=16, qk_nope_head_dim=8, v_head_dim=6,
-           qk_rope_head_dim=4, num_experts_per_tok=3, first_k_dense_replace=1, num_key_value_heads=4,
+           qk_rope_head_dim=6, num_experts_per_tok=3, first_k_dense_replace=1, num_key_value_heads=4,
            num_hidden_layers=3)
 YARN = dict(rope_type="yarn", rope_theta=10_000.0, factor=4.0, mscale=0.7, mscale_all_dim=0.9,
             original_max_position_embeddings=ORIGINAL)

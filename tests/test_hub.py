@@ -269,7 +269,7 @@ def test_a_hostile_folder_imports_nothing_and_runs_nothing(theirs, tmp_path):
   for name in ("../secret.safetensors", str(secret), "a/../../secret.safetensors", "..", "", ".", 5):
     index.write_text(json.dumps({"weight_map": {k: name if v == "model-0.safetensors" else v
                                                 for k, v in places.items()}}))
-    with pytest.raises(HubError):
+    with pytest.raises(HubError, match="is a path" if "/" in str(name) else ""):
       open_source(theirs)
   index.write_text(json.dumps({"weight_map": places}))
   (theirs / "model-0.safetensors").symlink_to(secret)

@@ -20,7 +20,7 @@ from flax import nnx
 from infer.decode import decode_config
 from model.cache import init_cache
 from model.hub.convert import export_model, open_source, read_model
-from model.hub.families import find_family
+from model.hub.families import find_family, find_lost
 from model.hub.orbax import read_array, read_tree, restore_params
 from model.sharding import place
 from model.transformer import abstract_params
@@ -204,6 +204,8 @@ def test_settings_go_out_as_they_came_in(case):
   family = find_family(settings(case))
   model = family.to_model(settings(case))
   assert family.to_model(json.loads(json.dumps(family.to_theirs(model)))) == model
+  model.rope_scaling = dataclasses.replace(model.rope_scaling, length=77)  # Of use: not theirs to say.
+  assert not find_lost(family, model)
 
 
 @pytest.mark.parametrize("case", FIRST.values())

@@ -1,6 +1,7 @@
-"""Real weights out of GGUF files, against transformers, which reads and dequantises the same file itself."""
+"""Real weights out of GGUF files, against transformers, on what the gguf package makes of the same file."""
 import functools
 import importlib.util
+import json
 import pathlib
 import tempfile
 
@@ -10,7 +11,7 @@ import pytest
 from data.tokenizer import load_tokenizer
 from infer.decode import Generator
 from infer.sampling import Sampling
-from model.hub.convert import import_model, open_source
+from model.hub.convert import export_model, import_model, open_source
 from tests.test_hub_families import largest, need_transformers, ours, program, theirs
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time, there was a little",
@@ -37,14 +38,32 @@ FILES = {"SmolLM2-135M-Instruct": smollm2, "Gemma 3 270M": gemma3}
 def models(name):
   """(run's folder, model of transformers), both from one file."""
   need_transformers()
-  pytest.importorskip("gguf", reason="dequantises")
+  gguf = pytest.importorskip("gguf", reason="reads and dequantises the file on its own")
   import torch
   import transformers
   root = pathlib.Path(tempfile.mkdtemp(prefix="real-"))
   file = FILES[name](root)
   run = import_model(open_source(file), root / "run")
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-      file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager")
+  config = json.loads((export_model(run, root / "out") / "config.json").read_text())
+  model = transformers.AutoModelForCausalLM.from_config(
+      transformers.AutoConfig.for_model(**config), dtype=torch.float32, attn_implementation="eager")
+  reader = gguf.GGUFReader(file)
+  arch = {arch_name: arch for arch, arch_name in gguf.MODEL_ARCH_NAMES.items()}[
+    reader.fields["general.architecture"].contents()]
+  names, state = gguf.get_tensor_name_map(arch, config["num_hidden_layers"]), model.state_dict()
+  there = {tensor.name: tensor for tensor in reader.tensors}
+  for theirs_name, value in state.items():
+    stem, _, kind = theirs_name.rpartition(".")
+    if f"{names.get_name(stem)}.{kind}" not in there:
+      assert theirs_name == "lm_head.weight"  # Tied.
+      continue
+    tensor = there[f"{names.get_name(stem)}.{kind}"]
+    w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).reshape(value.shape)
+    if config["model_type"] == "llama" and stem.endswith(("q_proj", "k_proj")):  # As llama.cpp wants them.
+      w = torch.stack([w[i:i + 64][[*range(0, 64, 2), *range(1, 64, 2)]] for i in range(0, len(w), 64)])
+    if config["model_type"] == "gemma3_text" and stem.endswith("norm"):
+      w = w - 1
+    state[theirs_name].copy_(w.reshape(value.shape))
   return run, model.eval()
 
 

@@ -1,5 +1,7 @@
 """Every family by its model_type."""
-from model.config import ModelConfig
+import dataclasses
+
+from model.config import ModelConfig, RopeScaling
 from model.hub.deepseek import DEEPSEEK2, DEEPSEEK3
 from model.hub.errors import HubError
 from model.hub.family import Family
@@ -65,4 +67,6 @@ ARCHITECTURE = [name for name in ModelConfig.__dataclass_fields__ if name not in
 def _same(a, b):
   if isinstance(a, float) and isinstance(b, (int, float)):
     return abs(a - b) <= 1e-9 * abs(a)
+  if isinstance(a, RopeScaling):  # How long the model is used is not theirs to say.
+    a, b = (dataclasses.replace(scaling, length=None) for scaling in (a, b))
   return a == b

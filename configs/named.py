@@ -57,8 +57,8 @@ NAMED = {
     n_dense_layers=1, router_normalize=False, rope_scaling=yarn(0.707))),
   "deepseek-v3": (61, 7168, 128, 18_432, DEEPSEEK | dict(
     vocab_size=129_280, q_lora_rank=1536, n_experts=256, n_experts_per_token=8, d_expert=2048,
-    n_shared_experts=1, n_dense_layers=3, router="sigmoid", router_bias=True, n_expert_groups=8, n_groups_per_token=4,
-    routed_scale=2.5, rope_scaling=yarn(1.0))),
+    n_shared_experts=1, n_dense_layers=3, router="sigmoid", router_bias=True, n_expert_groups=8,
+    n_groups_per_token=4, routed_scale=2.5, rope_scaling=yarn(1.0))),
 }
 
 

@@ -380,6 +380,8 @@ class TrainConfig:
       axes = [axis for axis in getattr(m.rules, rule) if sizes[axis] > 1]
       near = (f"nearest valid mesh.{axes[0]}: {math.gcd(value, ways(rule))}" if len(axes) == 1
               else _nearest_multiples(name, value, ways(rule)))
+      if rule == "heads":
+        near += ", or model.rules.heads=() and model.rules.kv_heads=(), by which each device has all heads"
       raise ValueError(f"{name}={value} is not a multiple of {'*'.join('mesh.' + a for a in axes)}="
                        f"{ways(rule)}; {near}")
 

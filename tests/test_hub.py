@@ -294,6 +294,18 @@ def test_the_hubs_own_cache_has_links(theirs, tmp_path):
   assert open_source(snapshot).family.name == "llama"
 
 
+def test_gpt2_as_it_was_first_published(tmp_path):
+  """Names without their first part, and masks among the tensors."""
+  tensors = write_folder(tmp_path / "theirs", settings("GPT-2"))
+  old = {name.removeprefix("transformer."): a for name, a in tensors.items()}
+  old["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
+  file, kinds = tmp_path / "theirs" / "model.safetensors", {k: (a.shape, a.dtype) for k, a in old.items()}
+  write_safetensors(file, kinds, lambda k: [old[k]])
+  source = open_source(tmp_path / "theirs")
+  assert source.tensors.keys() == tensors.keys()
+  assert "ignored, as transformer.h.0.attn.bias" in source.notes[-1]
+
+
 def test_only_pickles(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(settings(LLAMA)))
   (tmp_path / "pytorch_model.bin").write_bytes(b"x")

@@ -73,7 +73,7 @@ def open_source(path, *, param_dtype: str | None = None, length: int | None = No
     if "quantization_config" in config:
       raise HubError(f"{path}/config.json: quantization_config: quantised weights are read from GGUF files "
                      "only")
-    tensors = folder.read_tensors(path)
+    tensors = {family.rename(name): tensor for name, tensor in folder.read_tensors(path).items()}
   elif gguf_file.is_gguf(path):
     fields, tensors = gguf_file.read_gguf(path)
     config, tensors = gguf_names.as_folder(path, fields, tensors)

@@ -78,6 +78,7 @@ class Family:
     top: our config -> pieces outside of the layers.
     layer: (our config, layer) -> pieces of a layer.
     ignored: patterns of tensors that hold no parameters.
+    rename: a name as some folders have it -> as `top` and `layer` do.
   """
   name: str
   architecture: str
@@ -88,6 +89,7 @@ class Family:
   top: collections.abc.Callable
   layer: collections.abc.Callable
   ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+  rename: collections.abc.Callable = lambda name: name
 
   def to_model(self, theirs: dict, **changes) -> ModelConfig:
     """Raises HubError for a setting that is missing, or under which the model is another than ours."""

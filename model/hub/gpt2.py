@@ -41,4 +41,5 @@ GPT2 = Family(
   fixed={"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
          "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
   read=_read, write=lambda cfg: {"n_inner": cfg.d_ff, **write_head(cfg)}, top=_top, layer=_layer,
-  ignored=(r".*\.attn\.(masked_)?bias",))
+  ignored=(r".*\.attn\.(masked_)?bias",),
+  rename=lambda name: name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}")

@@ -11,7 +11,6 @@ python -m train.main --config=configs/quickstart.py:DIR goes on with the model o
 model is, and falls.
 """
 from data.config import DataConfig, SourceConfig, TokenizerConfig
-from infer.load import TOKENIZERS, open_run
 from train.config import TrainConfig
 
 STDLIB = ("{stdlib}/**/*.py,{stdlib}/**/*.txt,{stdlib}/**/*.rst,"
@@ -36,13 +35,12 @@ def get_config(arg: str = "") -> TrainConfig:
 
 
 def continued(path: str) -> TrainConfig:
+  from train.initial import read_initial  # Here, as it imports jax.
   try:
-    run = open_run(path)
+    model, tokenizer = read_initial(path)
   except ValueError as e:
     raise ValueError(f"arg={path!r} is to be a folder that --model of infer.generate takes: {e}") from None
-  kind = next(kind for kind, name in TOKENIZERS.items() if (run.path / name).is_file())
-  tokenizer = TokenizerConfig(kind=kind, path=str((run.path / TOKENIZERS[kind]).resolve()))
-  c = TrainConfig(steps=40, batch_size=8, seq_len=256, init_from=path, model=run.model)
+  c = TrainConfig(steps=40, batch_size=8, seq_len=256, init_from=path, model=model)
   c.data = DataConfig(sources=[SourceConfig(name="python", path=STDLIB)], val_fraction=0.01,
                       tokenizer=tokenizer)
   c.optim.lr, c.optim.warmup_steps = 5e-5, 10

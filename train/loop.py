@@ -14,16 +14,15 @@ from data.flags import as_json, git_state, versions, write_config_json
 from data.pipeline import Rows, make_batches
 from data.prepare import Prepared, prepare
 from infer.compile_cache import CompileCache
-from infer.load import keep_tokenizer, open_run
-from model.hub.orbax import check_shapes
+from infer.load import keep_tokenizer
 from model.kernels.platform import platform
 from model.sharding import fit, make_mesh
-from model.transformer import abstract_params
 from train.checkpoint import Checkpointer, Refused, refuse_changes
 from train.dry_run import Forecast
 from train.evaluate import Evaluation
 from train.feed import Feed
 from train.host import StopSignal, Stopwatch, peak_memory
+from train.initial import check_initial
 from train.log import StepLog
 from train.metrics import MetricsWriter, Progress, peak_flops, read_metrics
 from train.profile import StepTrace
@@ -54,7 +53,7 @@ def prepare_run(cfg, clock: Stopwatch) -> Run:
   cache = CompileCache()
   mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
   if cfg.init_from is not None:
-    _check_init(cfg, mesh, progress.note)
+    check_initial(cfg, mesh, progress.note)
   with clock.within("preparing data"):
     prepared = _prepare(cfg, progress.note, clock)
   rows = Rows(prepared, cfg.data, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed,
@@ -157,22 +156,6 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
       progress.note(forecast.compare(read_metrics(writer.path), _bytes(step_fn), peak_memory()))
     progress.note(clock.describe())
   return 0
-
-
-def _check_init(cfg, mesh, note):
-  """Notes what cfg.init_from has other settings for.
-
-  Raises:
-    ValueError: it is no run, or its weights have other shapes.
-  """
-  try:
-    there = open_run(cfg.init_from).model
-    check_shapes(cfg.init_from, abstract_params(cfg.model, mesh.abstract_mesh)[1])
-  except ValueError as e:
-    raise ValueError(f"init_from={cfg.init_from}: {e}") from None
-  here, there = as_json(cfg.model), as_json(there)
-  differ = [f"model.{name}={here[name]} (there {there[name]})" for name in here if here[name] != there[name]]
-  note(f"weights of {cfg.init_from}" + (f", with other settings: {', '.join(differ)}" if differ else ""))
 
 
 def _prepare(cfg, note, clock):

@@ -166,7 +166,7 @@ def renderer():
   ("{% for i in range(99999) %}xxxxxxxxxx{% endfor %}", "more than 1000 characters"),
   ("{{ 'a' * 10**10 }}", "needs more than 512 MB"),
   ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-   "512 MB"),
+   "512 MB|stopped.*0.4 s"),  # Whichever a slow machine meets first.
   ("{{ 9 ** (9 ** 9) }}", "stopped|MB"),
   ("{{ ''.__class__.__mro__ }}", "unsafe"),
   ("{{ ''['__class__'] | string }}{{ (lambda: 0) }}", "TemplateSyntaxError"),

@@ -67,7 +67,13 @@ CASES += [(name, mesh) for name in ("ffn=moe", "repeats", "dispatch=capacity") f
 def test_every_variant_on_meshes(name, mesh):
   """No combination that is valid is beyond it."""
   changes = {"context": "ulysses"} | variants()[name]
-  cfg = override(base(), [f"model.{key}={value}" for key, value in changes.items()])
+  if "kv_lora_rank" in changes:
+    changes["n_kv_heads"] = None
+  if "max_length" in changes:
+    changes["max_length"] = 2048
+  cfg = base()
+  for field, value in changes.items():
+    setattr(cfg.model, field, value)
   override(cfg, [f"mesh.{axis}={MESHES[mesh].get(axis, 1)}" for axis in MESH_AXES])
   n = math.prod(MESHES[mesh].values())
   cfg.batch_size = 32

@@ -60,6 +60,7 @@ def test_pairs_cost_what_keys_and_values_are_wide():
   assert flops_per_token(CFG, 5, CFG.padded_vocab_size * CFG.d_model) == 3 * 2 * 4 * (10 + 8) * 3
 
 
+@pytest.mark.slow
 def test_sharded_decode_equals_one_device():
   rng = np.random.default_rng(0)
   prompts = [rng.integers(3, 300, n).tolist() for n in (40, 3, 17, 1)]

@@ -165,8 +165,6 @@ def renderer():
   ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "stopped.*0.4 s"),
   ("{% for i in range(99999) %}xxxxxxxxxx{% endfor %}", "more than 1000 characters"),
   ("{{ 'a' * 10**10 }}", "needs more than 512 MB"),
-  ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-   "512 MB|stopped.*0.4 s"),  # Whichever a slow machine meets first.
   ("{{ 9 ** (9 ** 9) }}", "stopped|MB"),
   ("{{ ''.__class__.__mro__ }}", "unsafe"),
   ("{{ ''['__class__'] | string }}{{ (lambda: 0) }}", "TemplateSyntaxError"),
@@ -184,6 +182,15 @@ def test_hostile_templates_are_stopped(renderer, template, words):
   assert renderer.render("{{ '{0.__class__}'.format(messages) }}", [{"messages": []}]) == [""]
   assert renderer.render("{{ a | tojson }} {% generation %}{{ 'é' | tojson }}{% endgeneration %}", [
       {"a": {"b": "<é>"}}]) == ['{"b": "<é>"} "é"']  # And the next one is served.
+
+
+def test_memory_has_a_limit_however_it_grows():
+  """With time enough for it on a slow machine."""
+  renderer = Renderer(seconds=20, max_chars=1000)
+  double = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+  with pytest.raises(ValueError, match="^chat template: .*512 MB"):
+    renderer.render(double, [{"messages": []}])
+  renderer.close()
 
 
 @pytest.mark.parametrize("messages, words", [

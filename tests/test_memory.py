@@ -170,9 +170,10 @@ def test_every_array_of_the_state_is_counted_in_its_shards(mesh, changes):
   _, state = abstract_state(cfg, abstract_mesh(**mesh))
   expected = {"parameters": state.params, "optimizer state": state.opt_state, "moving average": state.ema}
   memory = estimate_memory(cfg, n)
+  padding = 1.02 if cfg.model.latent else 1.01  # 576 latents fill 640 lanes.
   for part, tree in expected.items():
     exact = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
-    assert exact <= memory.arguments.get(part, 0) <= exact * 1.02 + 4096, part
+    assert exact <= memory.arguments.get(part, 0) <= exact * padding + 4096, part
   rows = cfg.batch_size // math.prod(mesh.get(axis, 1) for axis in cfg.model.rules.batch)
   assert memory.arguments["batch"] == 5 * 4 * rows * cfg.seq_len
   assert memory.checkpoint == sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state))

@@ -155,7 +155,7 @@ def import_model(source: Source, target, progress=lambda done, total: None) -> p
     part.rename(part.with_name("0"))
     sync_folder(target / "checkpoints")
     (target / "config.json").write_text(json.dumps(config, indent=1))
-  except BaseException:
+  except BaseException:  # Ctrl-C included: half a model must not look like one.
     shutil.rmtree(target, ignore_errors=True)
     raise
   return target
@@ -249,7 +249,7 @@ def export_model(run, target, *, family: str | None = None, shard_bytes: int = 5
       if (pathlib.Path(run) / name).is_file():
         shutil.copyfile(pathlib.Path(run) / name, target / name)
     (target / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
-  except BaseException:
+  except BaseException:  # Ctrl-C included: half a model must not look like one.
     shutil.rmtree(target, ignore_errors=True)
     raise
   return target

@@ -157,6 +157,7 @@ CONTRADICTIONS = [
 # The same for settings that nothing reads where another one is what it is.
 UNREAD = [
   ("optim.decay_fraction=0.5", "optim.schedule='cosine'", "'wsd'"),
+  ("init_seed=1 init_from=x", "init_from='x'", "nearest valid: 0"),
   ("optim.final_lr_fraction=0.5 optim.schedule=constant", "optim.schedule='constant'", "'linear'"),
   ("optim.final_lr_fraction=0.5 optim.schedule=inverse_sqrt", "optim.schedule='inverse_sqrt'", "0.1"),
   ("optim.decay_scale=(('.*',2.0),) optim.weight_decay=0", "optim.weight_decay=0.0", "set"),

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from model.config import PRECISION
-from model.transformer import REMAT
+from model.transformer import REMAT, init_params
 from tests.tiny import MESHES, T, abstract_batch, mesh_of, model_config, packed_batch, put, trace_step
 from train.config import OPTIMIZER_KNOBS, OptimConfig, TrainConfig
+from train.host import Stopwatch
+from train.loop import prepare_run
 from train.step import GUARD_STEPS, Guard, _accumulate, _watch, abstract_state, init_state, make_train_step
 
 
@@ -48,6 +50,22 @@ def test_muon_and_micro_batches_are_the_same_on_a_mesh():
   np.testing.assert_allclose(nll, want_nll, rtol=2e-4)
   for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(want_params)[0], jax.tree.leaves(params)):
     np.testing.assert_allclose(a, b, atol=3e-5, err_msg=str(path))
+
+
+def test_another_init_seed_is_other_weights_on_the_same_rows(tmp_path):
+  """0 is the key of the seed itself, to the bit."""
+  mesh = mesh_of("one")
+  first = lambda **seeds: np.asarray(init_state(run_config(**seeds), mesh)[1].params["embed"])
+  with jax.set_mesh(mesh):
+    want = np.asarray(init_params(run_config().model, mesh, jax.random.key(3))[1]["embed"])
+  assert np.array_equal(first(seed=3), want) and not np.array_equal(first(seed=3, init_seed=1), want)
+
+  def row(**seeds):
+    cfg = run_config("fsdp", model=dict(vocab_size=384), **seeds)
+    cfg.data.cache_path, cfg.data.sources[0].documents = str(tmp_path), 50
+    return prepare_run(cfg, Stopwatch()).rows.row(2, 5)["tokens"].tolist()
+
+  assert row() == row(init_seed=1)
 
 
 @pytest.mark.parametrize("k", [2, 4, 8])

@@ -53,7 +53,7 @@ RANGES = {
     "optim.eps", "optim.grad_clip", "optim.spike_sigma", "stall_s"),
   "[0, 1)": ("model.dropout", "data.val_fraction", "optim.b1", "optim.b2", "optim.momentum", "optim.ema"),
   "[0, 1]": ("balance.bias_until", "optim.decay_fraction", "optim.final_lr_fraction"),
-  f"[0, {2**32})": ("seed",),
+  f"[0, {2**32})": ("seed", "init_seed"),
 }
 
 # Setting -> the names that it, or each entry of it, may be.
@@ -81,6 +81,7 @@ READ_IF = (
     "n_experts", "n_experts_per_token", "d_expert", "n_shared_experts", "n_dense_layers", "router",
     "router_bias", "router_normalize", "n_expert_groups", "n_groups_per_token", "routed_scale", "dispatch",
     "exchange")),
+  ("init_seed", "init_from", (None,)),
   ("model.max_length", "model.positions", ("learned",)),
   *((f"model.{name}", "model.positions", ("rope",)) for name in (
     "rope_theta", "rope_theta_local", "rotary_dim", "rope_scaling.kind")),
@@ -239,7 +240,8 @@ class TrainConfig:
   steps: int = 1000
   batch_size: int = 16  # Global, in sequences.
   seq_len: int = 256
-  seed: int = 0
+  seed: int = 0  # Of the order of the data, of dropout and of the first weights.
+  init_seed: int = 0  # Another one draws other first weights; the rows stay those of the seed.
   init_from: str | None = None  # A run's or an imported model's folder, whose weights training begins with.
   accum_steps: int = 1  # Micro-batches per step.
   z_loss: float = 0.0  # Times the squared log-normaliser (PaLM: 1e-4).

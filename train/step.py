@@ -46,12 +46,18 @@ def init_state(cfg, mesh):
   """
   with jax.set_mesh(mesh):
     if cfg.init_from is None:
-      graphdef, params = init_params(cfg.model, mesh, jax.random.key(cfg.seed))
+      graphdef, params = init_params(cfg.model, mesh, _first_key(cfg))
     else:
       graphdef, abstract = abstract_params(cfg.model, mesh)
       params, _, _ = restore_params(cfg.init_from, abstract)
     tx = make_optimizer(cfg, params)
     return graphdef, jax.jit(lambda params: _new_state(cfg, tx, params))(params)
+
+
+def _first_key(cfg):
+  """Of the first weights. init_seed=0 leaves the key of the seed as it is."""
+  key = jax.random.key(cfg.seed)
+  return jax.random.fold_in(key, cfg.init_seed) if cfg.init_seed else key
 
 
 def abstract_state(cfg, mesh):

@@ -117,6 +117,15 @@ def read_config(path: str):
   return config
 
 
+def resolve(path: str, overrides: list[str], checks=()):
+  """The validated config of "--config=PATH" and "a.b=v" strings, for a program that has no command line of it.
+
+  Raises:
+    ValueError: whatever `load` exits with 2 for.
+  """
+  return _validate(override(read_config(path), overrides), checks, known_devices())
+
+
 def override(config, overrides: list[str]):
   """Applies "a.b=v" strings in order, in place.
 
@@ -166,16 +175,21 @@ def from_json(schema: type, tree: dict, prefix: str = ""):
   return schema(**{k: _from_json(prefix + k, v, declared[k]) for k, v in tree.items()})
 
 
-def write_config_json(path, config, overrides: list[str]):
-  """Writes the resolved config, its hash, overrides, versions and git state, all or nothing."""
+def write_config_json(path, config, overrides: list[str], data_hash: str | None = None):
+  """Writes the resolved config, its hash, overrides, versions, git state and the hash of the data, all or
+  nothing. What of the checkout is not committed goes beside it, into git.diff."""
+  state, changes = git_state(), git_diff()
   record = {
     "config": as_json(config),
     "hash": config_hash(config),
     "overrides": list(overrides),
     "versions": versions(RECORDED),
-    "git": git_state(),
+    "git": state and {**state, "diff": changes and hashlib.sha256(changes.encode()).hexdigest()},
+    "data": data_hash,
   }
   path = pathlib.Path(path)
+  if changes:
+    path.with_name("git.diff").write_text(changes)
   partial = path.with_name(path.name + ".partial")
   partial.write_text(json.dumps(record, indent=1) + "\n")
   os.replace(partial, path)
@@ -193,13 +207,33 @@ def versions(packages) -> dict[str, str | None]:
 
 def git_state() -> dict | None:
   """{"sha", "dirty"} of the checkout this code runs from; None: not a checkout, or no git."""
-  def git(*command):
-    return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, timeout=10,
-                          check=True).stdout.strip()
   try:
-    return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    return {"sha": _git("rev-parse", "HEAD").strip(), "dirty": bool(_git("status", "--porcelain"))}
   except (OSError, subprocess.SubprocessError):
     return None
+
+
+def git_diff(most: int = 2**20) -> str | None:
+  """What of the checkout is not committed, as a patch: changes, and new files that git does not ignore as far
+  as `most` bytes go. None: nothing, not a checkout, or no git."""
+  try:
+    text = _git("diff", "HEAD")
+    for name in filter(None, _git("ls-files", "-zo", "--exclude-standard").split("\0")):
+      if len(text) + (ROOT / name).stat().st_size < most:
+        text += _git("diff", "--no-index", "/dev/null", name, codes=(0, 1))
+      else:
+        text += f"# new file {name}: too large to keep\n"
+    return text or None
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def _git(*command, codes=(0,)):
+  done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, errors="replace",
+                        timeout=10)
+  if done.returncode not in codes:
+    done.check_returncode()
+  return done.stdout
 
 
 def known_devices() -> int | None:

@@ -1,6 +1,7 @@
 """The command line: strict keys with suggestions, typed values, help, hashes, and what config.json keeps."""
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -269,8 +270,34 @@ def test_config_json_gives_back_the_same_config(config, tmp_path):
   assert flags.leaves(again) == flags.leaves(config)
   assert record["overrides"] == args.overrides
   assert record["versions"]["jax"] and record["versions"]["python"] == platform.python_version()
-  assert set(record["git"] or ["sha", "dirty"]) == {"sha", "dirty"}
-  assert os.listdir(tmp_path) == ["config.json"]
+  assert set(record["git"] or ["sha", "dirty", "diff"]) == {"sha", "dirty", "diff"}
+  assert set(os.listdir(tmp_path)) <= {"config.json", "git.diff"}
+
+
+def test_what_is_not_committed_is_kept_as_a_patch_that_makes_the_same_tree(monkeypatch, tmp_path):
+  def git(*command):
+    return subprocess.run(["git", "-C", str(there), *command], check=True, capture_output=True, text=True).stdout
+  there, copy = tmp_path / "repo", tmp_path / "copy"
+  there.mkdir()
+  git("init", "-q")
+  (there / "a.py").write_text("x = 1\n")
+  (there / ".gitignore").write_text("ignored\n")
+  git("add", "."), git("-c", "user.name=a", "-c", "user.email=a", "commit", "-qm", "a")
+  monkeypatch.setattr(flags, "ROOT", there)
+  flags.write_config_json(tmp_path / "config.json", load(f"--config={ROOT}/configs/tiny.py")[0], [], "abc")
+  clean = json.loads((tmp_path / "config.json").read_text())
+  assert (clean["git"]["diff"], clean["git"]["dirty"], clean["data"]) == (None, False, "abc")
+  (there / "a.py").write_text("x = 2\n")
+  (there / "new file.py").write_text("y = 1\n")
+  (there / "ignored").write_text("secret")
+  (there / "large").write_bytes(b"x" * 2**21)
+  flags.write_config_json(tmp_path / "config.json", load(f"--config={ROOT}/configs/tiny.py")[0], [])
+  patch, state = (tmp_path / "git.diff").read_text(), json.loads((tmp_path / "config.json").read_text())["git"]
+  assert state["diff"] == hashlib.sha256(patch.encode()).hexdigest() and state["dirty"]
+  assert "secret" not in patch and "# new file large" in patch and len(patch) < 2**20
+  subprocess.run(["git", "clone", "-q", str(there), str(copy)], check=True)
+  subprocess.run(["git", "-C", str(copy), "apply"], input=patch, text=True, check=True)
+  assert (copy / "a.py").read_text() == "x = 2\n" and (copy / "new file.py").read_text() == "y = 1\n"
 
 
 def test_from_json_refuses_what_it_does_not_know_and_fills_what_is_absent():

@@ -92,7 +92,7 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
     with clock.within("restoring"):
       state, tokens = _restore(checkpoints, abstract, meta, allowed, writer, progress)
     if jax.process_index() == 0:
-      write_config_json(workdir / "config.json", cfg, overrides)
+      write_config_json(workdir / "config.json", cfg, overrides, prepared.content_hash)
       keep_tokenizer(prepared.tokenizer_path, cfg.data.tokenizer.kind, workdir)
     stop.at_once = False  # From here on there is something to save.
     fresh = state is None

@@ -39,10 +39,10 @@ def parse(argv=None):
   parser.add_argument("--chip", help="with --dry_run: v5e, v5p, ...: a row of python -m train.chips")
   parser.add_argument("--n", type=int, help="with --dry_run: devices; default: what the mesh has")
   parser.add_argument("--price_per_chip_hour", type=float, help="with --dry_run, in any currency")
-  return load(parser, argv, checks=(_find_names,))
+  return load(parser, argv, checks=(check_run,))
 
 
-def _find_names(cfg):
+def check_run(cfg):
   """What only the code knows: the tables behind the names, and the vocabulary of a tokenizer that is a
   file."""
   from model.transformer import check_names

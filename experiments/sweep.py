@@ -1,0 +1,196 @@
+"""Runs what is missing of an experiment: python -m experiments.sweep experiments.NAME
+
+Each cell is run by train.main with each seed, in a folder of its own under runs/sweeps/NAME. Killed and started
+again it goes on: what is done stays, what is half done goes on from its checkpoint. A run that fails is
+reported, and does not stop the others.
+"""
+import argparse
+import fnmatch
+import math
+import pathlib
+import sys
+
+from data.files import write_json
+from data.flags import nearest
+from experiments.cells import Experiment, Outcome, Run, describe, find_runs, read_experiment, read_outcome, shipped
+
+EPILOG = """examples:
+  python -m experiments.sweep experiments.qk_norm --dry_run         the cells, and what they will cost here
+  python -m experiments.sweep experiments.qk_norm --jobs=2          two runs at a time; run it again to go on
+  python -m experiments.sweep experiments.qk_norm --only='*lr=0.01*'
+  python -m experiments.sweep experiments.qk_norm --dry_run --chip=v5e --n=16 --price_per_chip_hour=1.2
+  python -m experiments.report experiments.qk_norm                  is the difference real?
+
+An experiment is a file: see python -m pydoc experiments.cells. Exit codes: 0 all runs are done, 1 some failed,
+2 a mistake (nothing was run), 130 or 143 stopped by a signal, after saving."""
+
+
+def parse(argv=None):
+  parser = argparse.ArgumentParser(prog="experiments.sweep", description=__doc__, allow_abbrev=False,
+                                   epilog=f"{EPILOG}\n\nexperiments: {', '.join(shipped())}",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("experiment", help="a module: experiments.NAME")
+  parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="default: runs/sweeps/NAME")
+  parser.add_argument("--dry_run", action="store_true", help="print the cells and their cost; train nothing")
+  parser.add_argument("--only", metavar="GLOB", help="the cells whose name or id it matches")
+  parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                      help="runs at a time, each on its share of the cores or chips; default: %(default)s")
+  parser.add_argument("--chip", help="price it on this chip instead of this machine: python -m train.chips")
+  parser.add_argument("--n", type=int, help="with --chip: how many a run has; default: what its mesh says")
+  parser.add_argument("--price_per_chip_hour", type=float, help="in any currency")
+  args = parser.parse_args(argv)
+  if args.jobs < 1:
+    parser.error(f"--jobs={args.jobs} must be at least 1")
+  if args.n is not None and args.chip is None:
+    parser.error(f"--n={args.n} is of --chip, which is not given")
+  return args
+
+
+def main(argv=None) -> int:
+  args = parse(argv)
+  try:
+    experiment, module = read_experiment(args.experiment)
+    folder = args.out or pathlib.Path("runs/sweeps") / experiment.module.rpartition(".")[2]
+    return sweep(experiment, folder, args)
+  except ValueError as e:
+    print(f"experiments.sweep: error: {e}", file=sys.stderr)
+    return 2
+
+
+def sweep(experiment: Experiment, folder: pathlib.Path, args) -> int:
+  """Raises ValueError: a mistake of the user's."""
+  from experiments.estimate import count
+  from experiments.local import Board, run_local
+  figures = count(experiment)
+  runs = choose(find_runs(experiment, folder), args.only)
+  outcomes = {run.workdir: read_outcome(run.workdir) for run in runs}
+  missing = [run for run in runs if (o := outcomes[run.workdir]) is None or o.status == "failed"]
+  cost = price(experiment, folder, missing, args) if args.dry_run or args.chip or experiment.budget else None
+  print(tabulate(experiment, runs, outcomes, figures, cost), flush=True)
+  if cost is not None and experiment.budget is not None and cost.chip_hours > experiment.budget:
+    text = (f"what is missing costs about {cost.chip_hours:.3g} {cost.unit}s, more than "
+            f"{experiment.module}.BUDGET={experiment.budget:g}")
+    if not args.dry_run:
+      raise ValueError(f"{text}; nearest valid: a larger BUDGET, or a part by --only")
+    print(f"WARNING: {text}")
+  if args.dry_run:
+    return 0
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / "sweep.json", describe(experiment, figures))
+  if missing:
+    board = Board(len(runs), experiment.metric, args.jobs, cost.seconds if cost else None,
+                  done=len(runs) - len(missing))
+    with board:
+      outcomes |= run_local(missing, args.jobs, board)
+  return conclude(experiment, folder, runs, outcomes)
+
+
+def choose(runs: list[Run], glob: str | None) -> list[Run]:
+  """Raises ValueError: no cell matches."""
+  if glob is None:
+    return runs
+  chosen = [run for run in runs if any(fnmatch.fnmatchcase(name, glob) for name in (run.cell.name, run.cell.id))]
+  if not chosen:
+    names = list(dict.fromkeys(run.cell.name for run in runs))
+    near = nearest(glob.strip("*"), names) or names[:3]
+    raise ValueError(f"--only={glob} matches no cell; nearest valid: {', '.join(f'{name!r}' for name in near)}")
+  return chosen
+
+
+# What it costs.
+
+class Cost:
+  """Of the runs that are missing.
+
+  Attributes:
+    seconds: a run's folder -> seconds.
+    total_s: until the last has ended.
+    chip_hours: of all together; on this machine, hours of all of it.
+  """
+
+  def __init__(self, seconds, total_s, chip_hours, unit, source):
+    self.seconds, self.total_s, self.chip_hours, self.unit, self.source = (
+        seconds, total_s, chip_hours, unit, source)
+
+
+def price(experiment, folder, runs, args) -> Cost:
+  """Raises ValueError: no such chip, a cell that does not run here."""
+  from experiments.estimate import makespan, modelled, probe
+  if args.chip is None:
+    found = probe(experiment, folder, args.jobs, lambda text: print(text, file=sys.stderr)) if runs else None
+    seconds = found.expected(runs) if found else {}
+    total = makespan(list(seconds.values()), args.jobs)
+    return Cost(seconds, total, total / 3600, "machine-hour",
+                "this machine, by probing: each run with its start, its compiling and its report")
+  from train.chips import get_chip
+  chip = get_chip(args.chip)
+  seconds, chip_hours = {}, 0.0
+  for run in runs:
+    mesh = run.cell.resolved.mesh
+    n = args.n or abs(math.prod((mesh.stage, mesh.data, mesh.fsdp, mesh.expert, mesh.seq, mesh.tensor)))
+    seconds[run.workdir] = run.cell.resolved.steps * modelled(run.cell, chip, n).step_s
+    chip_hours += seconds[run.workdir] * n / chip.per_chip / 3600
+  return Cost(seconds, makespan(list(seconds.values()), args.jobs), chip_hours, "chip-hour",
+              f"{args.chip}, modelled: the steps alone, without starts and compiling")
+
+
+def tabulate(experiment, runs, outcomes, figures, cost) -> str:
+  """A line for each cell, and the sums."""
+  cells = {run.cell.id: run.cell for run in runs}
+  wide = max(len(id) for id in cells)
+  lines = [experiment.question.partition("\n")[0], "",
+           f"{'cell':{wide}}  {'FLOP a run':>10}  {'tokens':>8}  {'time a run':>10}  done"]
+  for id in cells:
+    mine = [run for run in runs if run.cell.id == id]
+    done = sum((o := outcomes[run.workdir]) is not None and o.status != "failed" for run in mine)
+    failed = sum((o := outcomes[run.workdir]) is not None and o.status == "failed" for run in mine)
+    half = sum(outcomes[run.workdir] is None and (run.workdir / "checkpoints").exists() for run in mine)
+    times = [cost.seconds[run.workdir] for run in mine if cost and run.workdir in cost.seconds]
+    state = f"{done}/{len(mine)}" + f", {failed} failed" * bool(failed) + f", {half} half done" * bool(half)
+    lines.append(f"{id:{wide}}  {figures[id]['flops']:10.3g}  {short(figures[id]['tokens']):>8}  "
+                 f"{seconds(sum(times) / len(times)) if times else '':>10}  {state}"
+                 + ("  baseline" if id == experiment.baseline else ""))
+  left = [run for run in runs if (o := outcomes[run.workdir]) is None or o.status == "failed"]
+  flops = sum(figures[run.cell.id]["flops"] for run in left)
+  lines += ["", f"{len(cells)} cells x {len(runs) // len(cells)} seeds = {len(runs)} runs, {len(left)} of them "
+            f"missing: {flops:.3g} FLOP"]
+  if cost:
+    lines += [f"time: {seconds(cost.total_s)}, {cost.chip_hours:.3g} {cost.unit}s ({cost.source})"]
+  return "\n".join(lines)
+
+
+def conclude(experiment, folder, runs, outcomes: dict[pathlib.Path, Outcome | None]) -> int:
+  """Says what failed and what to do next; the exit code."""
+  by_status = lambda status: [run for run in runs if (o := outcomes[run.workdir]) is not None
+                              and o.status == status]
+  failed, ended = by_status("failed"), sum(outcomes[run.workdir] is not None for run in runs)
+  for run in failed:
+    print(f"failed: {run.cell.name} seed {run.seed}: {outcomes[run.workdir].error}\n  {run.workdir}/output.log",
+          file=sys.stderr)
+  if ended < len(runs):
+    print(f"stopped with {len(runs) - ended} of {len(runs)} runs to go; the same command goes on")
+    return 143
+  print(f"{len(runs) - len(failed)} of {len(runs)} runs are done in {folder}\n\n"
+        f"    python -m experiments.report {folder}   # is the difference real?\n"
+        f"    python -m experiments.query --runs={folder}   # the numbers")
+  return 1 if failed else 0
+
+
+def short(number) -> str:
+  """20480 -> "20.5k"."""
+  for unit in ("", "k", "M", "G", "T"):
+    if number < 1000 or unit == "T":
+      return f"{number:.3g}{unit}"
+    number /= 1000
+
+
+def seconds(s: float) -> str:
+  """A duration: "41 s", "3.5 min", "2.1 h"."""
+  for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+    if s >= 2 * size:
+      return f"{s / size:.1f} {unit}"
+  return f"{s:.0f} s"
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -28,6 +28,7 @@ setup(
     "ml-collections>=1.1",
     "absl-py>=2.1",
     "numpy>=2",
+    "scipy>=1.13",
     "packaging",
     "rich>=13",
     "matplotlib>=3.9",

@@ -118,7 +118,7 @@ def read_config(path: str):
 
 
 def resolve(path: str, overrides: list[str], checks=()):
-  """The validated config of "--config=PATH" and "a.b=v" strings, for a program that has no command line of it.
+  """The validated config that "--config=PATH" and "a.b=v" strings say, for a program that makes them up.
 
   Raises:
     ValueError: whatever `load` exits with 2 for.

@@ -14,7 +14,6 @@ A key "config" in a cell takes the place of BASE. In place of runs(), suggest(tr
 """
 import ast
 import dataclasses
-import hashlib
 import importlib
 import inspect
 import json
@@ -26,8 +25,8 @@ from data.flags import ROOT, WORDS, config_hash, nearest, resolve
 from train.config import TrainConfig
 from train.main import check_run
 
-SETTINGS = {"BASE": None, "METRIC": "eval/val/loss", "HIGHER_IS_BETTER": False, "SEEDS": (0,), "BASELINE": None,
-            "BUDGET": None, "TRIALS": 20, "SAMPLER": "tpe", "PRUNER": None}
+SETTINGS = {"BASE": None, "METRIC": "eval/val/loss", "HIGHER_IS_BETTER": False, "SEEDS": (0,),
+            "BASELINE": None, "BUDGET": None, "TRIALS": 20, "SAMPLER": "tpe", "PRUNER": None}
 NAME_LENGTH = 80  # Of a folder, before its hash.
 
 
@@ -101,7 +100,8 @@ def make_cell(base: str | None, overrides: dict, name: str | None = None, metric
                        "weights alone")
     resolved = resolve(config, as_flags(overrides), checks=(check_run,))
     if metric.startswith("eval/") and not resolved.data.val_fraction:
-      raise ValueError(f"METRIC={metric!r} needs documents to evaluate on; nearest valid: data.val_fraction=0.1")
+      raise ValueError(f"METRIC={metric!r} needs documents to evaluate on; nearest valid: "
+                       "data.val_fraction=0.1")
   except ValueError as e:
     raise ValueError(f"cell {name!r}: {e}") from None
   clean = re.sub(r"[^\w=,.+-]+", "_", name)[:NAME_LENGTH]
@@ -163,8 +163,8 @@ def _check_settings(module, settings):
     raise ValueError(f"{where} must have runs() or suggest(trial), one of them")
   for key in vars(module):
     if key.isupper() and key not in SETTINGS and (near := nearest(key, SETTINGS)):
-      raise ValueError(f"{where}.{key} is read by nobody; did you mean {' or '.join(near)}? (A name of your own: "
-                       f"_{key})")
+      raise ValueError(f"{where}.{key} is read by nobody; did you mean {' or '.join(near)}? (A name of your "
+                       f"own begins with _: _{key})")
   seeds, budget = settings["SEEDS"], settings["BUDGET"]
   whole = isinstance(seeds, tuple | list | range) and all(type(s) is int and s >= 0 for s in seeds)
   if not whole or not seeds or len(set(seeds)) < len(seeds):
@@ -181,8 +181,8 @@ def _check_cells(module, cells):
     for cell in cells:
       key = cell.id.rpartition("-")[2] if what == "id" else cell.name
       if key in seen:
-        raise ValueError(f"cells {seen[key].name!r} {as_flags(seen[key].overrides)} and {cell.name!r} "
-                         f"{as_flags(cell.overrides)} have the same " + ("settings" if what == "id" else "name"))
+        both = " and ".join(f"{c.name!r} {as_flags(c.overrides)}" for c in (seen[key], cell))
+        raise ValueError(f"cells {both} have the same " + ("settings" if what == "id" else "name"))
       seen[key] = cell
 
 

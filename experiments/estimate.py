@@ -1,7 +1,8 @@
-"""What a sweep will cost: FLOPs and tokens by arithmetic; time by the model of train.roofline on a chip by name,
-or, for this machine, by the same model set right by runs that were made here."""
+"""What a sweep will cost: FLOPs and tokens by arithmetic; time by the model of train.roofline on a chip by
+name, or, for this machine, by the same model set right by runs that were made here."""
 import heapq
 import itertools
+import math
 import pathlib
 import shutil
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 from data.flags import known_devices
 from experiments.cells import Cell, Experiment, Run, make_cell, read_outcome
 from experiments.local import run_one, split_machine
+from model.sharding import MESH_AXES
 from train.chips import Chip
 from train.metrics import read_metrics
 from train.roofline import estimate_step
@@ -27,8 +29,9 @@ class Sample(typing.NamedTuple):
 
 
 # Only how the times of two programs compare is asked of it.
-_ANY_CPU = Chip(kinds=("cpu",), flops={"float32": 2e11, "bfloat16": 2e11}, hbm_bytes=2**34, hbm_bandwidth=1e10,
-                link_bandwidth=1e9, dims=0, domain=2**20, dcn_bandwidth=1e9, mxu=1, source="made up")
+_ANY_CPU = Chip(kinds=("cpu",), flops={"float32": 2e11, "bfloat16": 2e11}, hbm_bytes=2**34,
+                hbm_bandwidth=1e10, link_bandwidth=1e9, dims=0, domain=2**20, dcn_bandwidth=1e9, mxu=1,
+                source="made up")
 
 
 def count(experiment: Experiment) -> dict[str, dict]:
@@ -47,10 +50,8 @@ def modelled(cell: Cell, chip: Chip = _ANY_CPU, n: int | None = None):
   Raises:
     ValueError: which cell has no such mesh.
   """
-  mesh = cell.resolved.mesh
-  sizes = [size for size in (mesh.stage, mesh.data, mesh.fsdp, mesh.expert, mesh.seq, mesh.tensor)]
-  least = int(np.prod([max(size, 1) for size in sizes]))
-  n = n or (known_devices() if -1 in sizes else None) or least
+  sizes = [getattr(cell.resolved.mesh, axis) for axis in MESH_AXES]
+  n = n or (known_devices() if -1 in sizes else None) or math.prod(max(size, 1) for size in sizes)
   try:
     return estimate_step(cell.resolved.validate(n), chip, n)
   except ValueError as e:
@@ -72,7 +73,7 @@ def sample(workdir) -> Sample | None:
 
 
 def expected(cell: Cell, samples: list[tuple[float, Sample]]) -> float:
-  """Seconds that a run of this cell takes here, by samples (modelled seconds of a step, what was measured)."""
+  """Seconds that a run of this cell takes here, by (modelled seconds of a step, what was measured)."""
   times, found = zip(*sorted(samples))
   here = modelled(cell).step_s
   between = lambda values: float(np.interp(np.log(here), np.log(times), values))
@@ -112,16 +113,15 @@ def probe(experiment: Experiment, folder, jobs: int, note) -> Probe:
   Raises:
     ValueError: a cell does not run, with what it said; or there are fewer cores than `jobs`.
   """
-  by_time = sorted(experiment.cells, key=lambda cell: modelled(cell).step_s)
-  chosen = [by_time[0], by_time[-1]] if modelled(by_time[-1]).step_s > 1.1 * modelled(by_time[0]).step_s else [
-    by_time[0]]
+  cheap, *_, dear = sorted([*experiment.cells] * 2, key=lambda cell: modelled(cell).step_s)
+  chosen = [cheap, dear] if modelled(dear).step_s > 1.1 * modelled(cheap).step_s else [cheap]
   folder, places = pathlib.Path(folder) / "probe", split_machine(jobs)
   shutil.rmtree(folder, ignore_errors=True)
   cold, warm = [], []
   for number, into in enumerate((cold, warm)):
     runs = [Run(_shorten(cell), number, folder / f"{cell.id}-{number}") for cell in chosen]
-    runs = list(itertools.islice(itertools.cycle(runs), max(jobs, len(runs))))  # All places are busy, as in use.
-    runs = [run._replace(workdir=run.workdir.with_name(f"{run.workdir.name}-{i}")) for i, run in enumerate(runs)]
+    runs = [run._replace(workdir=run.workdir.with_name(f"{run.workdir.name}-{i}"))  # All places are busy.
+            for i, run in zip(range(max(jobs, len(runs))), itertools.cycle(runs))]
     for i in range(0, len(runs), jobs):
       group = runs[i:i + jobs]
       note(f"probing: {', '.join(sorted({run.cell.name for run in group}))}, {PROBE_STEPS} steps, "

@@ -47,8 +47,8 @@ def split_machine(jobs: int) -> list[Place]:
     return [Place(tuple(cores), {})]
   for what, found in (("core", len(cores)), ("GPU", len(gpus)), ("TPU chip", len(chips))):
     if found and jobs > found:
-      raise ValueError(f"--jobs={jobs}: there {'is' if found == 1 else 'are'} {found} {what}{'s' * (found > 1)}, "
-                       f"and each run has its own; nearest valid: --jobs={found}")
+      raise ValueError(f"--jobs={jobs}: each run has a {what} of its own, and there "
+                       f"{'is' if found == 1 else 'are'} {found}; nearest valid: --jobs={found}")
   places = []
   for i in range(jobs):
     share = lambda things: things[i * len(things) // jobs:(i + 1) * len(things) // jobs]  # noqa: B023

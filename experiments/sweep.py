@@ -1,8 +1,8 @@
 """Runs what is missing of an experiment: python -m experiments.sweep experiments.NAME
 
-Each cell is run by train.main with each seed, in a folder of its own under runs/sweeps/NAME. Killed and started
-again it goes on: what is done stays, what is half done goes on from its checkpoint. A run that fails is
-reported, and does not stop the others.
+Each cell is run by train.main with each seed, in a folder of its own under runs/sweeps/NAME. Killed and
+started again it goes on: what is done stays, what is half done goes on from its checkpoint. A run that fails
+is reported, and does not stop the others.
 """
 import argparse
 import fnmatch
@@ -12,7 +12,17 @@ import sys
 
 from data.files import write_json
 from data.flags import nearest
-from experiments.cells import Experiment, Outcome, Run, describe, find_runs, read_experiment, read_outcome, shipped
+from experiments.cells import (
+  Experiment,
+  Outcome,
+  Run,
+  describe,
+  find_runs,
+  read_experiment,
+  read_outcome,
+  shipped,
+)
+from model.sharding import MESH_AXES
 
 EPILOG = """examples:
   python -m experiments.sweep experiments.qk_norm --dry_run         the cells, and what they will cost here
@@ -21,8 +31,8 @@ EPILOG = """examples:
   python -m experiments.sweep experiments.qk_norm --dry_run --chip=v5e --n=16 --price_per_chip_hour=1.2
   python -m experiments.report experiments.qk_norm                  is the difference real?
 
-An experiment is a file: see python -m pydoc experiments.cells. Exit codes: 0 all runs are done, 1 some failed,
-2 a mistake (nothing was run), 130 or 143 stopped by a signal, after saving."""
+An experiment is a file: python -m pydoc experiments.cells. Exit codes: 0 all runs are done, 1 some failed,
+2 a mistake (nothing was run), 143 stopped by a signal, after saving."""
 
 
 def parse(argv=None):
@@ -89,11 +99,12 @@ def choose(runs: list[Run], glob: str | None) -> list[Run]:
   """Raises ValueError: no cell matches."""
   if glob is None:
     return runs
-  chosen = [run for run in runs if any(fnmatch.fnmatchcase(name, glob) for name in (run.cell.name, run.cell.id))]
+  chosen = [run for run in runs
+            if any(fnmatch.fnmatchcase(name, glob) for name in (run.cell.name, run.cell.id))]
   if not chosen:
     names = list(dict.fromkeys(run.cell.name for run in runs))
     near = nearest(glob.strip("*"), names) or names[:3]
-    raise ValueError(f"--only={glob} matches no cell; nearest valid: {', '.join(f'{name!r}' for name in near)}")
+    raise ValueError(f"--only={glob} matches no cell; nearest valid: {', '.join(map(repr, near))}")
   return chosen
 
 
@@ -126,8 +137,7 @@ def price(experiment, folder, runs, args) -> Cost:
   chip = get_chip(args.chip)
   seconds, chip_hours = {}, 0.0
   for run in runs:
-    mesh = run.cell.resolved.mesh
-    n = args.n or abs(math.prod((mesh.stage, mesh.data, mesh.fsdp, mesh.expert, mesh.seq, mesh.tensor)))
+    n = args.n or abs(math.prod(getattr(run.cell.resolved.mesh, axis) for axis in MESH_AXES))
     seconds[run.workdir] = run.cell.resolved.steps * modelled(run.cell, chip, n).step_s
     chip_hours += seconds[run.workdir] * n / chip.per_chip / 3600
   return Cost(seconds, makespan(list(seconds.values()), args.jobs), chip_hours, "chip-hour",
@@ -152,8 +162,8 @@ def tabulate(experiment, runs, outcomes, figures, cost) -> str:
                  + ("  baseline" if id == experiment.baseline else ""))
   left = [run for run in runs if (o := outcomes[run.workdir]) is None or o.status == "failed"]
   flops = sum(figures[run.cell.id]["flops"] for run in left)
-  lines += ["", f"{len(cells)} cells x {len(runs) // len(cells)} seeds = {len(runs)} runs, {len(left)} of them "
-            f"missing: {flops:.3g} FLOP"]
+  lines += ["", f"{len(cells)} cells x {len(runs) // len(cells)} seeds = {len(runs)} runs, "
+            f"{len(left)} of them missing: {flops:.3g} FLOP"]
   if cost:
     lines += [f"time: {seconds(cost.total_s)}, {cost.chip_hours:.3g} {cost.unit}s ({cost.source})"]
   return "\n".join(lines)
@@ -165,8 +175,8 @@ def conclude(experiment, folder, runs, outcomes: dict[pathlib.Path, Outcome | No
                               and o.status == status]
   failed, ended = by_status("failed"), sum(outcomes[run.workdir] is not None for run in runs)
   for run in failed:
-    print(f"failed: {run.cell.name} seed {run.seed}: {outcomes[run.workdir].error}\n  {run.workdir}/output.log",
-          file=sys.stderr)
+    print(f"failed: {run.cell.name} seed {run.seed}: {outcomes[run.workdir].error}\n  "
+          f"{run.workdir}/output.log", file=sys.stderr)
   if ended < len(runs):
     print(f"stopped with {len(runs) - ended} of {len(runs)} runs to go; the same command goes on")
     return 143

@@ -276,7 +276,8 @@ def test_config_json_gives_back_the_same_config(config, tmp_path):
 
 def test_what_is_not_committed_is_kept_as_a_patch_that_makes_the_same_tree(monkeypatch, tmp_path):
   def git(*command):
-    return subprocess.run(["git", "-C", str(there), *command], check=True, capture_output=True, text=True).stdout
+    subprocess.run(["git", "-C", str(there), *command], check=True, capture_output=True)
+
   there, copy = tmp_path / "repo", tmp_path / "copy"
   there.mkdir()
   git("init", "-q")
@@ -292,7 +293,8 @@ def test_what_is_not_committed_is_kept_as_a_patch_that_makes_the_same_tree(monke
   (there / "ignored").write_text("secret")
   (there / "large").write_bytes(b"x" * 2**21)
   flags.write_config_json(tmp_path / "config.json", load(f"--config={ROOT}/configs/tiny.py")[0], [])
-  patch, state = (tmp_path / "git.diff").read_text(), json.loads((tmp_path / "config.json").read_text())["git"]
+  patch = (tmp_path / "git.diff").read_text()
+  state = json.loads((tmp_path / "config.json").read_text())["git"]
   assert state["diff"] == hashlib.sha256(patch.encode()).hexdigest() and state["dirty"]
   assert "secret" not in patch and "# new file large" in patch and len(patch) < 2**20
   subprocess.run(["git", "clone", "-q", str(there), str(copy)], check=True)

@@ -1,0 +1,15 @@
+"""Is Muon better than AdamW at equal tokens?
+
+Each at three rates: the best of one is to be compared with the best of the other. Muon's updates have Adam's
+size here (arXiv:2502.16982), so that the rates are of one kind.
+"""
+import itertools
+
+BASE = "configs/small.py"
+BASELINE = "name=adamw,lr=0.006"
+SEEDS = range(3)
+
+
+def runs():
+  for name, lr in itertools.product(("adamw", "muon"), (3e-3, 6e-3, 1.2e-2)):
+    yield {"optim.name": name, "optim.lr": lr}

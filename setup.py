@@ -30,6 +30,7 @@ setup(
     "numpy>=2",
     "scipy>=1.13",
     "packaging",
+    "pyyaml>=6",
     "rich>=13",
     "matplotlib>=3.9",
     "wandb>=0.19",

@@ -9,6 +9,7 @@ import fnmatch
 import math
 import pathlib
 import sys
+import typing
 
 from data.files import write_json
 from data.flags import nearest
@@ -29,6 +30,8 @@ EPILOG = """examples:
   python -m experiments.sweep experiments.qk_norm --jobs=2          two runs at a time; run it again to go on
   python -m experiments.sweep experiments.qk_norm --only='*lr=0.01*'
   python -m experiments.sweep experiments.qk_norm --dry_run --chip=v5e --n=16 --price_per_chip_hour=1.2
+  python -m experiments.sweep experiments.qk_norm --render=slurm --set=partition=gpu --set=gpus_per_node=1
+  python -m experiments.sweep experiments.qk_norm --on=ray --jobs=8 --set=num_gpus=1
   python -m experiments.report experiments.qk_norm                  is the difference real?
 
 An experiment is a file: python -m pydoc experiments.cells. Exit codes: 0 all runs are done, 1 some failed,
@@ -47,12 +50,18 @@ def parse(argv=None):
                       help="runs at a time, each on its share of the cores or chips; default: %(default)s")
   parser.add_argument("--chip", help="price it on this chip instead of this machine: python -m train.chips")
   parser.add_argument("--n", type=int, help="with --chip: how many a run has; default: what its mesh says")
-  parser.add_argument("--price_per_chip_hour", type=float, help="in any currency")
+  parser.add_argument("--price_per_chip_hour", type=float, help="with --chip, in any currency")
+  parser.add_argument("--on", default="local", choices=("local", "ray"), help="where; default: %(default)s")
+  parser.add_argument("--render", metavar="KIND", help="run nothing: write files for slurm or jobset (GKE)")
+  parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                      help="of --render or --on=ray, e.g. partition=gpu; repeatable")
   args = parser.parse_args(argv)
   if args.jobs < 1:
     parser.error(f"--jobs={args.jobs} must be at least 1")
   if args.n is not None and args.chip is None:
     parser.error(f"--n={args.n} is of --chip, which is not given")
+  if args.set and args.render is None and args.on == "local":
+    parser.error(f"--set={args.set[0]} is of --render or --on=ray, which are not given")
   return args
 
 
@@ -71,6 +80,7 @@ def sweep(experiment: Experiment, folder: pathlib.Path, args) -> int:
   """Raises ValueError: a mistake of the user's."""
   from experiments.estimate import count
   from experiments.local import Board, run_local
+  from experiments.render import write
   figures = count(experiment)
   runs = choose(find_runs(experiment, folder), args.only)
   outcomes = {run.workdir: read_outcome(run.workdir) for run in runs}
@@ -84,6 +94,11 @@ def sweep(experiment: Experiment, folder: pathlib.Path, args) -> int:
       raise ValueError(f"{text}; nearest valid: a larger BUDGET, or a part by --only")
     print(f"WARNING: {text}")
   if args.dry_run:
+    return 0
+  if args.render:
+    for path in write(args.render, args.set, experiment.module, runs, folder, cost.seconds if cost else None):
+      print(path)
+    write_json(folder / "sweep.json", describe(experiment, figures))
     return 0
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / "sweep.json", describe(experiment, figures))
@@ -110,18 +125,14 @@ def choose(runs: list[Run], glob: str | None) -> list[Run]:
 
 # What it costs.
 
-class Cost:
-  """Of the runs that are missing.
-
-  Attributes:
-    seconds: a run's folder -> seconds.
-    total_s: until the last has ended.
-    chip_hours: of all together; on this machine, hours of all of it.
-  """
-
-  def __init__(self, seconds, total_s, chip_hours, unit, source):
-    self.seconds, self.total_s, self.chip_hours, self.unit, self.source = (
-        seconds, total_s, chip_hours, unit, source)
+class Cost(typing.NamedTuple):
+  """Of the runs that are missing."""
+  seconds: dict[pathlib.Path, float]  # Of each, by its folder.
+  total_s: float  # Until the last has ended.
+  chip_hours: float  # Of all together.
+  unit: str  # chip-hour; on this machine, an hour of all of it.
+  source: str
+  price: float | None = None  # Of one.
 
 
 def price(experiment, folder, runs, args) -> Cost:
@@ -141,7 +152,7 @@ def price(experiment, folder, runs, args) -> Cost:
     seconds[run.workdir] = run.cell.resolved.steps * modelled(run.cell, chip, n).step_s
     chip_hours += seconds[run.workdir] * n / chip.per_chip / 3600
   return Cost(seconds, makespan(list(seconds.values()), args.jobs), chip_hours, "chip-hour",
-              f"{args.chip}, modelled: the steps alone, without starts and compiling")
+              f"{args.chip}, modelled: the steps alone, without starts and compiling", args.price_per_chip_hour)
 
 
 def tabulate(experiment, runs, outcomes, figures, cost) -> str:
@@ -165,7 +176,8 @@ def tabulate(experiment, runs, outcomes, figures, cost) -> str:
   lines += ["", f"{len(cells)} cells x {len(runs) // len(cells)} seeds = {len(runs)} runs, "
             f"{len(left)} of them missing: {flops:.3g} FLOP"]
   if cost:
-    lines += [f"time: {seconds(cost.total_s)}, {cost.chip_hours:.3g} {cost.unit}s ({cost.source})"]
+    money = "" if cost.price is None else f", {cost.chip_hours * cost.price:,.4g} at {cost.price:g} an hour"
+    lines += [f"time: {seconds(cost.total_s)}, {cost.chip_hours:.3g} {cost.unit}s{money} ({cost.source})"]
   return "\n".join(lines)
 
 

@@ -152,7 +152,8 @@ def price(experiment, folder, runs, args) -> Cost:
     seconds[run.workdir] = run.cell.resolved.steps * modelled(run.cell, chip, n).step_s
     chip_hours += seconds[run.workdir] * n / chip.per_chip / 3600
   return Cost(seconds, makespan(list(seconds.values()), args.jobs), chip_hours, "chip-hour",
-              f"{args.chip}, modelled: the steps alone, without starts and compiling", args.price_per_chip_hour)
+              f"{args.chip}, modelled: the steps alone, without starts and compiling",
+              args.price_per_chip_hour)
 
 
 def tabulate(experiment, runs, outcomes, figures, cost) -> str:

@@ -33,7 +33,7 @@ def loss_and_gradient(cfg, *sizes):
 
 @pytest.mark.parametrize("sizes, changes", [
   (dict(fsdp=4, tensor=2), dict(attention_impl="dot_product")),
-  (dict(fsdp=2, seq=2, tensor=2), dict(context="ring"))])
+  pytest.param(dict(fsdp=2, seq=2, tensor=2), dict(context="ring"), marks=pytest.mark.slow)])
 def test_every_mesh_computes_the_same(sizes, changes):
   """Heads over "tensor", ranks over "fsdp", keys and values of unequal widths round the ring."""
   loss, gradient = loss_and_gradient(CFG)

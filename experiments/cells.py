@@ -19,6 +19,7 @@ import inspect
 import json
 import pathlib
 import re
+import traceback
 import typing
 
 from data.flags import ROOT, WORDS, config_hash, nearest, resolve
@@ -27,6 +28,8 @@ from train.main import check_run
 
 SETTINGS = {"BASE": None, "METRIC": "eval/val/loss", "HIGHER_IS_BETTER": False, "SEEDS": (0,),
             "BASELINE": None, "BUDGET": None, "TRIALS": 20, "SAMPLER": "tpe", "PRUNER": None}
+METRICS = (  # The usual.
+  "eval/val/loss", "eval/val/bpb", "loss", "grad_norm", "tokens_per_s", "step_ms", "mfu")
 NAME_LENGTH = 80  # Of a folder, before its hash.
 
 
@@ -74,9 +77,12 @@ def read_experiment(name: str) -> tuple[Experiment, object]:
   settings = {key: getattr(module, key, default) for key, default in SETTINGS.items()}
   _check_settings(module, settings)
   cells = []
-  for item in module.runs() if hasattr(module, "runs") else ():
-    label, overrides = item if isinstance(item, tuple) else (None, item)
-    cells.append(make_cell(settings["BASE"], overrides, label, settings["METRIC"]))
+  for item in _call(module.runs) if hasattr(module, "runs") else ():
+    name, overrides = item if isinstance(item, tuple) and len(item) == 2 else (None, item)
+    if not isinstance(overrides, dict) or not isinstance(name, str | None):
+      raise ValueError(f"{module.__name__}.runs() yields {item!r}; a cell is a dict of settings, or a pair of "
+                       "a name and one")
+    cells.append(make_cell(settings["BASE"], overrides, name, settings["METRIC"]))
   _check_cells(module, cells)
   return Experiment(
     module=module.__name__, question=inspect.cleandoc(module.__doc__), metric=settings["METRIC"],
@@ -152,9 +158,26 @@ def _import(name):
   except ModuleNotFoundError as e:
     if e.name is None or not (name + ".").startswith(e.name + "."):
       raise ValueError(f"{name} cannot be imported: {e}") from e
+  except Exception as e:  # Anything may come out of the user's file: say what and where.
+    raise ValueError(f"{name}{_where(e)} raised {type(e).__name__}: {e}") from e
   near = nearest(name, shipped())
   raise ValueError(f"no experiment {name}; " + (f"did you mean {' or '.join(near)}?" if near else
                                                 f"found: {', '.join(shipped())}"))
+
+
+def _call(runs):
+  try:
+    return list(runs())
+  except Exception as e:  # As above.
+    raise ValueError(f"{runs.__module__}.runs(){_where(e)} raised {type(e).__name__}: {e}") from e
+
+
+def _where(error):
+  """" (FILE:LINE)" of the last line that was run, or read."""
+  if isinstance(error, SyntaxError):
+    return f" ({error.filename}:{error.lineno})"
+  last = traceback.extract_tb(error.__traceback__)[-1]
+  return f" ({last.filename}:{last.lineno})"
 
 
 def shipped() -> list[str]:
@@ -173,7 +196,9 @@ def _check_settings(module, settings):
     if key.isupper() and key not in SETTINGS and (near := nearest(key, SETTINGS)):
       raise ValueError(f"{where}.{key} is read by nobody; did you mean {' or '.join(near)}? (A name of your "
                        f"own begins with _: _{key})")
-  seeds, budget = settings["SEEDS"], settings["BUDGET"]
+  seeds, budget, metric = settings["SEEDS"], settings["BUDGET"], settings["METRIC"]
+  if metric not in METRICS and (near := nearest(str(metric), METRICS)):
+    raise ValueError(f"{where}.METRIC={metric!r}: did you mean {' or '.join(map(repr, near))}?")
   whole = isinstance(seeds, tuple | list | range) and all(type(s) is int and s >= 0 for s in seeds)
   if not whole or not seeds or len(set(seeds)) < len(seeds):
     raise ValueError(f"{where}.SEEDS={seeds!r} must be different numbers from 0; nearest valid: (0, 1, 2)")

@@ -10,6 +10,7 @@ setup(
                "proven at each step."),
   python_requires=">=3.11,<3.14",
   packages=find_packages(include=["model*", "data*", "infer*", "train*", "configs*", "experiments*"]),
+  package_data={"experiments": ["page.css", "page.js"]},
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12.8",

@@ -1,7 +1,7 @@
 """The page of a report: one HTML file that asks the network for nothing.
 
-`build_page(report, times=False)` leaves out all that differs between two sweeps with the same numbers: seconds,
-dates, folders, the state of git.
+`build_page(report, times=False)` leaves out all that differs between two sweeps with the same numbers:
+seconds, dates, folders, the state of git.
 """
 import base64
 import collections
@@ -16,15 +16,13 @@ import urllib.parse
 
 import numpy as np
 
-from experiments.report import STYLE, Report, amount, duration, metric_text, ordered, summary
+from experiments.curves import choose, draw_curves, ticks
+from experiments.report import STYLE, Report, amount, duration, metric_text, ordered, plural
 from experiments.verdicts import LEVEL
 
 HERE = pathlib.Path(__file__).parent
-POINTS = 80  # Of a curve; a longer one is averaged over as many stretches of steps.
-SLOTS = 6  # Colours and dashes that page.css has for curves; the first is the baseline's.
 MOST_SETTINGS = 8  # Columns of the table of settings; more are listed instead.
 MARK = {"better": "●", "worse": "◆", "diverged": "✕", "failed": "✕", "within noise": "○", "baseline": "■"}
-W, H = 2000, 1000  # Units of a plot.
 
 
 def build_page(report: Report, *, at=None, times: bool = True) -> str:
@@ -34,13 +32,13 @@ def build_page(report: Report, *, at=None, times: bool = True) -> str:
   """
   at = pathlib.Path(at or report.folder)
   rows = ordered(report)
-  shown = _choose(rows)
-  script, style = (HERE / "page.js").read_text(), (HERE / "page.css").read_text()
+  shown = choose(rows)
+  script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
   # No string of a run can become a program: only this very script may run, and nothing may be fetched.
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
   policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
   parts = [_header(report), _verdict(report, times), _failures(rows, at), _forest(report, rows),
-           _curves(report, rows, shown), _figures(report, rows, at, times), _settings(report, rows),
+           draw_curves(report, rows, shown), _figures(report, rows, at, times), _settings(report, rows),
            _origin(report, times)]
   return f"""<!doctype html>
 <html lang="en">
@@ -83,7 +81,8 @@ def _header(report):
   return f"""<header>
 <p class="kicker">{_e(report.experiment)}</p>
 <h1>{_e(first)}</h1>
-{paragraphs}<p class="facts"><span>{_plural(len(report.rows), "cell")} &times; {_plural(len(report.seeds), "seed")}</span>
+{paragraphs}<p class="facts">
+<span>{plural(len(report.rows), "cell")} &times; {plural(len(report.seeds), "seed")}</span>
 <span><b>{_e(report.metric)}</b>, {better} is better</span>
 <span>baseline <b>{_e(report.rows[report.baseline].name)}</b></span></p>
 </header>"""
@@ -91,10 +90,6 @@ def _header(report):
 
 def _is_code(paragraph):
   return all(line.startswith((" ", "python ")) for line in paragraph.splitlines())
-
-
-def _plural(n, noun):
-  return f"{n} {noun}" + "s" * (n != 1)
 
 
 def _verdict(report, times):
@@ -111,9 +106,9 @@ def _verdict(report, times):
   facts += [("time of all runs", duration(sum(spent)))] if times and spent else []
   cells = "\n".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
   notes = "".join(f"<li>{_e(text)}</li>\n" for text in report.warnings)
-  said = "" if judged.band is None else f"""<p>A difference inside the noise band is what chance makes of \
-{_plural(len(judged.seeds), "seed")} here; a true one of {judged.found:.{d}f} would be found four times in five.</p>
-"""
+  said = "" if judged.band is None else (
+    f"<p>A difference inside the noise band is what chance makes of {plural(len(judged.seeds), 'seed')}; "
+    f"a true one of {judged.found:.{d}f} would be found four times in five.</p>\n")
   return f"""<section aria-label="Verdicts">
 <ul class="counts">
 {counts}
@@ -125,7 +120,8 @@ def _verdict(report, times):
 
 
 def _css(kind):
-  return {"within noise": "noise", "no verdict": "unfinished", "pruned": "noise", "diverged": "worse"}.get(kind, kind)
+  return {"within noise": "noise", "pruned": "noise", "no verdict": "unfinished",
+          "diverged": "worse"}.get(kind, kind)
 
 
 def _chip(row):
@@ -138,8 +134,9 @@ def _failures(rows, at):
   for row in rows:
     for run in row.runs:
       if run.status in ("failed", "diverged"):
+        log = _link(run, at, "output.log", "its output")
         items.append(f"<li><b>{_e(row.name)}</b>, seed {run.seed}, {run.status}: "
-                     f"<code>{_e(run.error or 'no message')}</code> {_link(run, at, 'output.log', 'its output')}</li>")
+                     f"<code>{_e(run.error or 'no message')}</code> {log}</li>")
   if not items:
     return ""
   body = f'<ul class="failures">\n{chr(10).join(items)}\n</ul>'
@@ -187,14 +184,14 @@ def _forest(report, rows):
                   for t in scale.ticks)
   kinds = collections.Counter(_css(row.kind) for row in rows if row.kind != "baseline")
   names = {"noise": "within noise"}
-  buttons = "".join(f'<button type="button" data-kind="{kind}" aria-pressed="false">{names.get(kind, kind)} {n}'
-                    "</button>" for kind, n in kinds.items()) if len(kinds) > 1 else ""
+  buttons = "".join(f'<button type="button" data-kind="{kind}" aria-pressed="false">'
+                    f"{names.get(kind, kind)} {n}</button>" for kind, n in kinds.items() if len(kinds) > 1)
   better, order = ("right", "descending") if report.higher_is_better else ("left", "ascending")
   return f"""<section id="differences">
 <h2>Difference to the baseline</h2>
-<p class="legend">{_e(report.metric)}, mean over seeds of cell &minus; baseline; better is to the {better}. Thick: \
-{1 - LEVEL:.0%} interval of that cell. Thin: {1 - LEVEL:.0%} for all cells at once. Shaded: the noise band. Verdicts \
-are by Holm's correction at {LEVEL:.0%} over all cells.</p>
+<p class="legend">{_e(report.metric)}, mean over seeds of cell &minus; baseline; better is to the {better}.
+Thick: {1 - LEVEL:.0%} interval of that cell. Thin: {1 - LEVEL:.0%} for all cells at once. Shaded: the noise
+band. Verdicts are by Holm's correction at {LEVEL:.0%} over all cells.</p>
 <div class="controls" hidden>
 <label>Find <input type="search" id="find" placeholder="a name" autocomplete="off"></label>
 <span class="kinds" role="group" aria-label="Verdicts to show">{buttons}</span>
@@ -223,7 +220,7 @@ class _scale:
     lower, upper = min(near.min(initial=0), 0) - 1.2 * band, max(near.max(initial=0), 0) + 1.2 * band
     room = 0.04 * (upper - lower) or 1.0
     self.lower, self.upper = lower - room, upper + room
-    self.ticks = _ticks(self.lower, self.upper, 4)
+    self.ticks = ticks(self.lower, self.upper, 4)
 
   def __call__(self, value):
     return (value - self.lower) / (self.upper - self.lower)
@@ -236,7 +233,8 @@ def _interval(row, scale):
   for name, low, high in (("all", c.low_all, c.high_all), ("one", c.low, c.high)):
     if low is not None:
       left, right = min(max(scale(low), 0), 1), min(max(scale(high), 0), 1)
-      parts.append(f'<i class="{name} {kind}" style="left:{100 * left:.2f}%;width:{100 * (right - left):.2f}%"></i>')
+      parts.append(f'<i class="{name} {kind}" style="left:{100 * left:.2f}%;'
+                   f'width:{100 * (right - left):.2f}%"></i>')
   at = scale(c.difference)
   mark = "◀" if at < 0 else "▶" if at > 1 else MARK.get(row.kind, "○")
   parts.append(f'<b class="mark {kind}" style="left:{100 * min(max(at, 0), 1):.2f}%">{mark}</b>')
@@ -247,137 +245,6 @@ def _minus(text):
   return text.replace("-", "−")
 
 
-def _ticks(lower, upper, most):
-  """Round numbers between the two."""
-  step = 10 ** math.floor(math.log10((upper - lower) / most))
-  step *= next(k for k in (1, 2, 5, 10) if (upper - lower) / (k * step) <= most)
-  first = math.ceil(lower / step)
-  return [float(f"{k * step:.10g}") for k in range(first, math.floor(upper / step) + 1)]
-
-
-# Curves.
-
-def _choose(rows):
-  """Places of the cells whose curves stand out at first: the baseline, the best, the worst."""
-  curved = [i for i, row in enumerate(rows) if any(run.curves for run in row.runs)]
-  if len(curved) <= SLOTS:
-    return curved
-  compared = [i for i in curved[1:] if rows[i].comparison.difference is not None]
-  return [curved[0], *compared[:2], *compared[2:][-1:]]
-
-
-def _curves(report, rows, shown):
-  keys = [key for key in dict.fromkeys(("loss", report.metric))
-          if any(key in run.curves for row in rows for run in row.runs)]
-  if not keys:
-    return ""
-  figures = "\n".join(_figure(key, rows, shown) for key in keys)
-  legend = "\n".join(f'<li class="s{slot}" data-i="{i}">{_swatch()}{_e(rows[i].name)}</li>'
-                     for slot, i in enumerate(shown))
-  hint = "" if len(shown) == len(rows) else (f" {_plural(len(rows) - len(shown), 'other cell')} faint: press the name "
-                                             "of a cell in a table to bring its curve forward.")
-  return f"""<section id="curves">
-<h2>Curves</h2>
-<p class="legend">Mean over seeds; the band is from the least to the largest seed.{hint}</p>
-<ul class="keys">
-{legend}
-</ul>
-<div class="figures">
-{figures}
-</div>
-</section>"""
-
-
-def _swatch():
-  return '<svg viewBox="0 0 24 8" aria-hidden="true"><path d="M0 4H24"/></svg>'
-
-
-def _figure(key, rows, shown):
-  curves = _average([[run.curves.get(key) for run in row.runs] for row in rows])
-  last = max((x[-1] for x, *_ in curves if len(x)), default=1) or 1
-  late = np.concatenate([mean[x >= 0.1 * last] for x, mean, *_ in curves] or [np.zeros(0)])
-  late = late[np.isfinite(late)]
-  if not len(late):
-    return ""
-  lower, upper = late.min(), np.quantile(late, 0.98)
-  room = 0.06 * (upper - lower) or 0.5
-  lower, upper = lower - room, upper + room
-  to_y = lambda y: H * (upper - np.clip(y, lower - (upper - lower), upper + (upper - lower))) / (upper - lower)
-  groups = []
-  for i, (x, mean, least, most) in enumerate(curves):
-    if len(x):
-      xs = W * x / last
-      band = _path(np.append(xs, xs[::-1]), to_y(np.append(least, most[::-1]))) + "Z"
-      slot = f" on s{shown.index(i)}" if i in shown else ""
-      dot = _dots(xs, to_y(mean)) if len(x) <= 12 else ""
-      groups.append(f'<g class="curve{slot}" data-i="{i}"><title>{_e(rows[i].name)}</title>'
-                    f'<path class="band" d="{band}"/><path class="mean" d="{_path(xs, to_y(mean))}{dot}"/></g>')
-  y_ticks = "".join(f'<span style="top:{100 * (upper - t) / (upper - lower):.2f}%">{t:g}</span>'
-                    for t in _ticks(lower, upper, 6))
-  x_ticks = "".join(f'<span style="left:{100 * t / last:.2f}%">{t:g}</span>' for t in _ticks(0, last, 5))
-  lines = "".join(f"M0 {H * (upper - t) / (upper - lower):.0f}H{W}" for t in _ticks(lower, upper, 6))
-  title = "training loss" if key == "loss" else key
-  return f"""<figure>
-<figcaption>{_e(title)}</figcaption>
-<div class="axes"><div class="y">{y_ticks}</div>
-<svg viewBox="0 0 {W} {H}" preserveAspectRatio="none" role="img" aria-label="{_e(title)} of {len(rows)} cells by step">
-<path class="grid" d="{lines}"/>
-{chr(10).join(groups)}
-</svg>
-<div class="x">{x_ticks}<em>step</em></div></div>
-</figure>"""
-
-
-def _path(xs, ys):
-  """An SVG path; a value that is no number makes a gap."""
-  words, pen = [], "M"
-  for x, y in zip(xs.tolist(), ys.tolist()):
-    if math.isfinite(y):
-      words.append(f"{pen}{x:.0f} {y:.0f}")
-      pen = "L"
-    else:
-      pen = "M"
-  return "".join(words)
-
-
-def _dots(xs, ys):
-  """Round ends of lines of no length: points that keep their shape when the plot is stretched."""
-  return "".join(f"M{x:.0f} {y:.0f}h0" for x, y in zip(xs.tolist(), ys.tolist()) if math.isfinite(y))
-
-
-def _average(cells):
-  """[cells][seeds] of (steps, values) or None -> for each cell (steps, mean, least, most) over its seeds."""
-  all_steps = sorted({step for runs in cells for run in runs if run for step in run[0]})
-  out = []
-  if len(all_steps) > POINTS:
-    edges = np.linspace(all_steps[0], all_steps[-1], POINTS + 1)[1:-1]
-    place, xs = (lambda steps: np.searchsorted(edges, steps)), None
-  else:
-    xs = np.array(all_steps, float)
-    place = lambda steps: np.searchsorted(xs, steps)
-  size = POINTS if xs is None else len(xs)
-  if xs is None:
-    every = np.array(all_steps, float)
-    where = place(every)
-    with np.errstate(invalid="ignore"):
-      xs = np.bincount(where, every, size) / np.bincount(where, minlength=size)
-  for runs in cells:
-    table = []
-    for run in runs:
-      if run:
-        where = place(np.array(run[0], float))
-        with np.errstate(invalid="ignore", divide="ignore"):
-          table.append(np.bincount(where, np.array(run[1], float), size) / np.bincount(where, minlength=size))
-    if not table:
-      out.append((np.zeros(0),) * 4)
-      continue
-    table = np.array(table)
-    seen = np.isfinite(table).any(0) & np.isfinite(xs)
-    table = np.where(np.isfinite(table), table, np.nan)[:, seen]
-    out.append((xs[seen], np.nanmean(table, 0), np.nanmin(table, 0), np.nanmax(table, 0)))
-  return out
-
-
 # Tables.
 
 def _figures(report, rows, at, times):
@@ -386,8 +253,8 @@ def _figures(report, rows, at, times):
   v = lambda value: "" if value is None else repr(value)
   for i, row in enumerate(rows):
     c = row.comparison
-    seeds = " ".join(_link(run, at, "report.md", f"{run.value:.{d}f}" if math.isfinite(run.value) else run.status)
-                     for run in row.runs)
+    number = lambda run: f"{run.value:.{d}f}" if math.isfinite(run.value) else run.status
+    seeds = " ".join(_link(run, at, "report.md", number(run)) for run in row.runs)
     time = f'<td class="num" data-v="{v(row.seconds)}">{duration(row.seconds)}</td>\n' if times else ""
     body.append(f"""<tr data-kind="{_css(row.kind)}" data-i="{i}">
 <th scope="row"><button type="button" class="name"><span>{_name(row)}</span></button></th>
@@ -401,13 +268,13 @@ def _figures(report, rows, at, times):
   titles = [("cell", ""), ("mean ± 95 %", "num"), ("seeds " + ", ".join(map(str, report.seeds)), "seeds"),
             ("p", "num"), ("p, Holm", "num"), ("tokens", "num"), ("FLOP", "num"), *[("time", "num")] * times]
   heads = "\n".join(f'<th scope="col" class="{css}">{_e(title)}</th>' if css == "seeds" else
-                    f'<th scope="col" class="{css}" aria-sort="none"><button type="button" class="sort">{_e(title)}'
-                    "</button></th>" for title, css in titles)
+                    f'<th scope="col" class="{css}" aria-sort="none">'
+                    f'<button type="button" class="sort">{_e(title)}</button></th>' for title, css in titles)
   return f"""<section id="figures">
 <h2>Figures</h2>
-<p class="legend">The last {_e(report.metric)} of each run; its interval is of the cell alone, the seeds' own effect \
-included, so it is wider than that of the difference. A run's number leads to its report with samples. Tokens, FLOP\
-{" and time" if times else ""} are of one run.</p>
+<p class="legend">The last {_e(report.metric)} of each run; the interval of the mean is of the cell alone,
+the seeds' own effect included, so it is wider than that of the difference. A run's number leads to its report
+with samples. Tokens, FLOP{" and time" if times else ""} are of one run.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Figures of each cell">
 <table class="grid" data-fold>
 <thead><tr>{heads}</tr></thead>
@@ -430,8 +297,9 @@ def _settings(report, rows):
     heads = "".join(f'<th scope="col">{_e(key)}</th>' for key in keys)
     body = "\n".join(
       f'<tr data-kind="{_css(row.kind)}" data-i="{i}"><th scope="row">{_name(row)}</th>'
-      + "".join(f'<td class="changed">{_e(text(row.settings[key]))}</td>' if key in row.settings and row is not base
-                else f"<td>{_e(text(base.settings.get(key, '')))}</td>" for key in keys)
+      + "".join(f'<td class="changed">{_e(text(row.settings[key]))}</td>'
+                if key in row.settings and row is not base else
+                f"<td>{_e(text(base.settings.get(key, '')))}</td>" for key in keys)
       + "</tr>" for i, row in enumerate(rows))
   else:
     heads = '<th scope="col">differs from the baseline in</th>'
@@ -463,28 +331,31 @@ def _origin(report, times):
       facts["commit"][git["sha"] + " with changes that are not committed" * bool(git.get("dirty"))] += 1
     if record.get("data"):
       facts["data"][record["data"]] += 1
-    facts["versions"][", ".join(f"{k} {v}" for k, v in sorted((record.get("versions") or {}).items()) if v)] += 1
+    versions = sorted((record.get("versions") or {}).items())
+    facts["versions"][", ".join(f"{name} {version}" for name, version in versions if version)] += 1
   items = [(name, "<br>".join(f"<code>{_e(value)}</code>" + (f" ({n} runs)" if len(values) > 1 else "")
                               for value, n in sorted(values.items()))) for name, values in facts.items()]
   if times:
     items.append(("folder", f"<code>{_e(report.folder)}</code>"))
     items.append(("page made", f"{datetime.datetime.now():%Y-%m-%d %H:%M}"))
-  noise, judged = report.judgement.noise, report.judgement
+  noise, compared = report.judgement.noise, [row for row in report.rows if row.comparison.p is not None]
   if noise is not None:
     shared = "all cells share one variance" if math.isinf(noise.prior_df) else (
       f"the other cells add {noise.prior_df:.3g} degrees of freedom to a cell's own")
     alone = [row.name for row in report.rows if row.comparison.noisy]
-    wild = "" if not alone else f" Judged by their own pairs of runs alone, for they or the baseline scatter more: \
-{_e(', '.join(alone[:8]))}{f' and {len(alone) - 8} more' if len(alone) > 8 else ''}."
-    items.append(("noise", f"standard deviation of a run {np.median(noise.variance_A) ** 0.5:.3g}, the seeds' own "
-                  f"effect taken out; {noise.df:.3g} degrees of freedom; {shared}.{wild}"))
+    rest = f" and {len(alone) - 8} more" if len(alone) > 8 else ""
+    wild = "" if not alone else (" Judged by their own pairs of runs alone, for they or the baseline scatter "
+                                 f"more: {_e(', '.join(alone[:8]))}{rest}.")
+    deviation = np.median(noise.variance_A) ** 0.5
+    items.append(("noise", f"standard deviation of a run {deviation:.3g}, the seeds' own effect taken out; "
+                  f"{noise.df:.3g} degrees of freedom; {shared}.{wild}"))
   rows = "\n".join(f"<div><dt>{_e(name)}</dt><dd>{value}</dd></div>" for name, value in items)
   return f"""<section id="origin">
 <h2>Where this is from</h2>
 <dl class="origin">
 {rows}
 </dl>
-<p class="legend">Rebuilt from the raw files by <code>python -m experiments.report</code>. Runs of one seed read the \
-same rows, so cells are compared seed by seed; the noise left is pooled over cells (moderated t, Smyth 2004); \
-{len(judged.comparisons) - 1} comparisons are corrected by Holm's method.</p>
+<p class="legend">Rebuilt from the raw files by <code>python -m experiments.report</code>. Runs of one seed
+read the same rows, so cells are compared seed by seed; the noise left is pooled over cells (moderated t,
+Smyth 2004); {plural(len(compared), "comparison")} corrected by Holm's method.</p>
 </section>"""

@@ -99,9 +99,10 @@ class Report:
   def headline(self) -> tuple[str, str]:
     """(the first sentence of the question, what follows)"""
     first, _, rest = self.question.strip().partition("\n\n")
-    sentence = re.match(r".+?[.?!](?=\s|$)", " ".join(first.split())) or re.match(".*", " ".join(first.split()))
-    after = " ".join(first.split())[sentence.end():].strip()
-    return sentence.group(), "\n\n".join(part for part in (after, rest) if part)
+    first = " ".join(first.split())
+    sentence = re.match(r".+?[.?!](?=\s|$)|.*", first).group()
+    after = first[len(sentence):].strip()
+    return sentence, "\n\n".join(part for part in (after, rest) if part)
 
   @property
   def count(self) -> collections.Counter:
@@ -138,8 +139,9 @@ def read_sweep(folder, *, baseline: str | None = None, metric: str | None = None
   rows = []
   for cell in sweep["cells"]:
     folders = {seed: folder / cell["id"] / f"seed={seed}" for seed in sweep["seeds"]}
-    rows.append(Row(cell["id"], cell["name"], cell["overrides"], cell.get("flops"), cell.get("tokens"),
-                    [_read_run(path, seed, metric, known) for seed, path in folders.items()]))
+    runs = [_read_run(path, seed, metric, known) for seed, path in folders.items()]
+    rows.append(Row(cell["id"], _printable(cell["name"]), cell["overrides"], cell.get("flops"),
+                    cell.get("tokens"), runs))
   if known and metric not in known:
     near = ", ".join(nearest(metric, known) or sorted(known)[:6])
     raise ValueError(f"metric {metric!r} is in no metrics.jsonl of {folder}; nearest valid: {near}")
@@ -170,7 +172,8 @@ def _read_run(folder, seed, metric, known):
       run.curves[key] = tuple(map(list, zip(*pairs)))
   if outcome is None:
     return run
-  run.status, run.error, run.seconds = outcome["status"], outcome.get("error"), outcome.get("seconds")
+  run.status, run.seconds = outcome["status"], outcome.get("seconds")
+  run.error = _printable(outcome.get("error"))
   last = run.curves[metric][1][-1] if metric in run.curves else math.nan
   steps = [line for line in lines if "loss" in line]
   lost = steps and (steps[-1].get("skipped") or not math.isfinite(steps[-1]["loss"]))
@@ -192,11 +195,10 @@ def _read_lines(path, metric):
     ValueError: a line that is not a JSON object with a step.
   """
   lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-  key, last = json.dumps(metric).encode(), len(lines) - 1
-  with_metric = [i for i, line in enumerate(lines) if key in line]
+  key, places = json.dumps(metric).encode(), range(len(lines))
+  with_metric = [i for i in places if key in lines[i]]
   spread = lambda places: places[::max(len(places) // MOST_LINES, 1)]
-  chosen = sorted({*spread(range(len(lines))), *spread(with_metric), *with_metric[-1:],
-                   *range(max(last, 0), last + 1)})
+  chosen = sorted({*spread(places), *spread(with_metric), *with_metric[-1:], *places[-3:]})
   values = []
   for i in chosen:
     try:
@@ -206,6 +208,11 @@ def _read_lines(path, metric):
     except (ValueError, KeyError, TypeError, AttributeError):
       raise ValueError(f"{path}:{i + 1} is not a line of metrics: {lines[i][:80]!r}") from None
   return values
+
+
+def _printable(text):
+  """A run's words may hold what steers a terminal."""
+  return text and "".join(c for c in text if c.isprintable() or c.isspace())
 
 
 def _read_json(path):
@@ -229,7 +236,7 @@ def _describe(row, judgement, is_baseline):
   n, verdict = len(row.runs), row.comparison.verdict
   if verdict and (row.comparison.mean is not None or not is_baseline):
     return verdict, (verdict + " (the same numbers)" * row.comparison.same
-                     + " (scatters more)" * (row.comparison.noisy and not judgement.noise.noisy_A[0]))
+                     + " (noisy)" * (row.comparison.noisy and not judgement.noise.noisy_A[0]))
   if is_baseline and found["done"] != n:
     worst = next(s for s in ("diverged", "failed", "pruned", "unfinished", "missing") if found[s])
     return "baseline", f"baseline, {worst} in {found[worst]} of {n} seeds"
@@ -340,6 +347,10 @@ def difference_text(c: Comparison, d: int) -> str:
   if c.difference is None:
     return ""
   return f"{c.difference:+.{d}f}" + (f"  {c.low:+.{d}f} to {c.high:+.{d}f}" if c.low is not None else "")
+
+
+def plural(n: int, noun: str) -> str:
+  return f"{n} {noun}" + "s" * (n != 1)
 
 
 def amount(number: float | None) -> str:

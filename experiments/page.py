@@ -105,7 +105,7 @@ def _verdict(report, times):
   facts += [("FLOP", amount(sum(flops)))] if flops else []
   facts += [("time of all runs", duration(sum(spent)))] if times and spent else []
   cells = "\n".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
-  notes = "".join(f"<li>{_e(text)}</li>\n" for text in report.warnings)
+  notes = "".join(f"<li>{_e(text)}</li>\n" for text in report.warnings + report.mixtures * times)
   said = "" if judged.band is None else (
     f"<p>A difference inside the noise band is what chance makes of {plural(len(judged.seeds), 'seed')}; "
     f"a true one of {judged.found:.{d}f} would be found four times in five.</p>\n")
@@ -186,12 +186,14 @@ def _forest(report, rows):
   names = {"noise": "within noise"}
   buttons = "".join(f'<button type="button" data-kind="{kind}" aria-pressed="false">'
                     f"{names.get(kind, kind)} {n}</button>" for kind, n in kinds.items() if len(kinds) > 1)
+  noisy = " A noisy cell scatters more than the others and is judged by its own runs alone." * any(
+    row.said.endswith("(noisy)") for row in rows)
   better, order = ("right", "descending") if report.higher_is_better else ("left", "ascending")
   return f"""<section id="differences">
 <h2>Difference to the baseline</h2>
 <p class="legend">{_e(report.metric)}, mean over seeds of cell &minus; baseline; better is to the {better}.
 Thick: {1 - LEVEL:.0%} interval of that cell. Thin: {1 - LEVEL:.0%} for all cells at once. Shaded: the noise
-band. Verdicts are by Holm's correction at {LEVEL:.0%} over all cells.</p>
+band. Verdicts are by Holm's correction at {LEVEL:.0%} over all cells.{noisy}</p>
 <div class="controls" hidden>
 <label>Find <input type="search" id="find" placeholder="a name" autocomplete="off"></label>
 <span class="kinds" role="group" aria-label="Verdicts to show">{buttons}</span>
@@ -328,7 +330,8 @@ def _origin(report, times):
   for record in records:
     git = record.get("git") or {}
     if times and git.get("sha"):
-      facts["commit"][git["sha"] + " with changes that are not committed" * bool(git.get("dirty"))] += 1
+      changes = f" with changes, git.diff {git['diff'][:12]}" if git.get("diff") else ""
+      facts["commit"][git["sha"] + changes] += 1
     if record.get("data"):
       facts["data"][record["data"]] += 1
     versions = sorted((record.get("versions") or {}).items())

@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 import re
+import statistics
 import sys
 
 from data.flags import nearest
@@ -93,7 +94,8 @@ class Report:
   baseline: int  # Its place in rows.
   rows: list[Row]
   judgement: Judgement
-  warnings: list[str]
+  warnings: list[str]  # Of the seeds and the noise,
+  mixtures: list[str]  # and of runs that were made with different code, versions or data.
 
   @property
   def headline(self) -> tuple[str, str]:
@@ -110,8 +112,10 @@ class Report:
 
   @property
   def decimals(self) -> int:
-    """Of the metric: two digits of the noise."""
-    scale = self.judgement.band or max((abs(v) for v in self.values), default=0) / 1000
+    """Of the metric: two digits of the usual interval."""
+    halves = [row.comparison.high - row.comparison.difference for row in self.rows
+              if row.comparison.high is not None and not row.comparison.same]
+    scale = statistics.median(halves) if halves else max((abs(v) for v in self.values), default=0) / 1000
     return min(max(1 - math.floor(math.log10(scale)), 0), 8) if scale > 0 else 4
 
   @property
@@ -151,9 +155,9 @@ def read_sweep(folder, *, baseline: str | None = None, metric: str | None = None
     row.comparison = comparison
     row.kind, row.said = _describe(row, judgement, row is rows[i])
   _compare_settings(rows, i)
-  warnings = ([judgement.reason] if judgement.reason else []) + judgement.warnings + _find_mixtures(rows)
+  warnings = ([judgement.reason] if judgement.reason else []) + judgement.warnings
   return Report(folder, sweep["experiment"], sweep["question"], metric, higher, sweep["seeds"], i, rows,
-                judgement, warnings)
+                judgement, warnings, _find_mixtures(rows))
 
 
 def _read_run(folder, seed, metric, known):
@@ -241,7 +245,7 @@ def _describe(row, judgement, is_baseline):
     worst = next(s for s in ("diverged", "failed", "pruned", "unfinished", "missing") if found[s])
     return "baseline", f"baseline, {worst} in {found[worst]} of {n} seeds"
   if found["diverged"]:
-    return "diverged", f"worse: diverged in {found['diverged']} of {n} seeds"
+    return "diverged", f"diverged in {found['diverged']} of {n} seeds"
   if found["failed"]:
     return "failed", f"failed in {found['failed']} of {n} seeds"
   if found["pruned"]:
@@ -278,14 +282,12 @@ def _find_mixtures(rows):
   """What should be one for all runs and is not."""
   records = [run.record for row in rows for run in row.runs if run.record]
   warnings = []
-  for what, values in (
-      ("commits", {(r.get("git") or {}).get("sha") for r in records}),
-      ("states of files that are not committed", {(r.get("git") or {}).get("diff") for r in records}),
-      ("sets of versions", {json.dumps(r.get("versions"), sort_keys=True) for r in records})):
+  states = [r.get("git") or {} for r in records]
+  for what, values in (("states of the code", {(s.get("sha"), s.get("diff")) for s in states}),
+                       ("sets of versions", {json.dumps(r.get("versions"), sort_keys=True) for r in records}),
+                       ("sets of data", {r.get("data") for r in records})):
     if len(values) > 1:
-      warnings.append(f"the runs were made at {len(values)} different {what}: see where they are from")
-  if len({r.get("data") for r in records}) > 1:
-    warnings.append("the runs read different data: see where they are from")
+      warnings.append(f"the runs were made with {len(values)} different {what}: see where they are from")
   return warnings
 
 
@@ -316,7 +318,7 @@ def print_report(report: Report, console) -> None:
       if run.status in ("failed", "diverged"):
         text = f"{row.name} seed {run.seed}: {run.error or 'no message'} ({run.folder}/output.log)"
         console.print(f"[red]{run.status}[/]: {escape(text)}")
-  for warning in report.warnings:
+  for warning in report.warnings + report.mixtures:
     console.print(f"[yellow]note:[/] {escape(warning)}")
 
 

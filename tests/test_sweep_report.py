@@ -94,7 +94,7 @@ def test_what_did_not_end_well_is_said_and_judged_by_nobody(sweep):
   folder, table = sweep
   report = read_sweep(folder)
   said, page = terminal(report), build_page(report)
-  words = {6: "failed in 1 of 4 seeds", 7: "worse: diverged in 2 of 4 seeds", 8: "3 of 4 seeds done"}
+  words = {6: "failed in 1 of 4 seeds", 7: "diverged in 2 of 4 seeds", 8: "3 of 4 seeds done"}
   assert {i: report.rows[i].said for i in words} == words
   assert all(text in said and text in page for text in words.values())
   assert f"failed: {report.rows[6].name} seed 1: failed: it ended early" in said
@@ -211,12 +211,13 @@ def test_a_long_run_is_read_in_part_and_ends_where_it_ends(tmp_path):
 
 def test_runs_of_two_commits_or_on_other_data_are_pointed_out(tmp_path):
   make_sweep(tmp_path, 3)
-  assert not read_sweep(tmp_path).warnings
+  assert not read_sweep(tmp_path).mixtures
   path = tmp_path / "cell-001" / "seed=0" / "config.json"
   record = json.loads(path.read_text())
   path.write_text(json.dumps(record | {"git": {"sha": "f" * 40}, "data": "sha256:other"}))
-  warnings = "\n".join(read_sweep(tmp_path).warnings)
-  assert "made at 2 different commits" in warnings and "read different data" in warnings
+  warnings = "\n".join(read_sweep(tmp_path).mixtures)
+  assert warnings.splitlines()[0] in terminal(read_sweep(tmp_path))
+  assert "2 different states of the code" in warnings and "2 different sets of data" in warnings
 
 
 def test_the_command(sweep, tmp_path, capsys, monkeypatch):

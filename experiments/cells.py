@@ -80,8 +80,8 @@ def read_experiment(name: str) -> tuple[Experiment, object]:
   for item in _call(module.runs) if hasattr(module, "runs") else ():
     name, overrides = item if isinstance(item, tuple) and len(item) == 2 else (None, item)
     if not isinstance(overrides, dict) or not isinstance(name, str | None):
-      raise ValueError(f"{module.__name__}.runs() yields {item!r}; a cell is a dict of settings, or a pair of "
-                       "a name and one")
+      raise ValueError(f"{module.__name__}.runs() yields {item!r}; a cell is a dict of settings, or a name "
+                       "and a dict")
     cells.append(make_cell(settings["BASE"], overrides, name, settings["METRIC"]))
   _check_cells(module, cells)
   return Experiment(

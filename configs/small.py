@@ -17,6 +17,6 @@ def get_config(arg: str = "") -> TrainConfig:
                       tokenizer=TokenizerConfig(vocab_size=1024))
   m = c.model
   m.n_layers, m.d_model, m.n_heads, m.precision = 4, 128, 4, "fp32"
-  c.optim.lr, c.optim.warmup_steps = 6e-3, 20
+  c.optim.lr, c.optim.warmup_steps = 3e-3, 20
   c.eval.every, c.eval.rows, c.checkpoint.every = 100, 128, 150
   return c

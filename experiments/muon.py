@@ -6,10 +6,10 @@ size here (arXiv:2502.16982), so that the rates are of one kind.
 import itertools
 
 BASE = "configs/small.py"
-BASELINE = "name=adamw,lr=0.006"
+BASELINE = "name=adamw,lr=0.003"
 SEEDS = range(3)
 
 
 def runs():
-  for name, lr in itertools.product(("adamw", "muon"), (3e-3, 6e-3, 1.2e-2)):
+  for name, lr in itertools.product(("adamw", "muon"), (1.5e-3, 3e-3, 6e-3)):
     yield {"optim.name": name, "optim.lr": lr}

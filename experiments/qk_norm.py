@@ -1,7 +1,7 @@
 """Does a norm on queries and keys hold a rate that is too high without it?
 
 RMSNorm of each head's queries and keys (arXiv:2302.05442; arXiv:2309.14322: small models at high rates show
-what large ones do), against none, at the rate that suits this model and at ten times that.
+what large ones do), against none, at a rate that is far too high for this model, and at a tenth of that.
 """
 import itertools
 

@@ -78,6 +78,11 @@ class ModelConfig:
 
   init: str = "normal"  # normal (init_std) | fan_in (1/sqrt of the fan-in).
   init_std: float = 0.02
+  parametrization: str = "standard"  # standard | mup: model.parametrization.PARAMETRIZATION.
+  # mup: the d_model at which it is the standard one. The width of a feed-forward and the number of heads (or
+  # their size) are to grow with d_model, as d_ff=None and heads of one size do.
+  mup_base_width: int | None = None
+  mup_base_head_dim: int | None = None  # head_dim at that width, by which attention_scale follows; head_dim.
   precision: str = "bf16"  # A key of PRECISION: sets the next two where they are None.
   param_dtype: str | None = None
   compute_dtype: str | None = None
@@ -161,6 +166,8 @@ class ModelConfig:
                          f"{_nearest_divisors(self.d_model, self.n_heads)}")
       self.head_dim = self.d_model // self.n_heads
     self._validate_positions()
+    if self.parametrization == "mup":
+      self._validate_mup()
     if self.d_ff is None:
       gated = self.ffn in ("swiglu", "geglu", "moe")
       self.d_ff = -(-(8 * self.d_model if gated else 12 * self.d_model) // 3 // 128) * 128
@@ -182,6 +189,22 @@ class ModelConfig:
       if (value := getattr(self, name)) != valid:
         raise ValueError(f"model.{name}={value!r} contradicts model.attention={self.attention!r}; nearest "
                          f"valid: {valid!r}")
+
+  def _validate_mup(self):
+    if self.mup_base_width is None:
+      raise ValueError("model.parametrization='mup' needs model.mup_base_width, the width that the learning "
+                       f"rate was found at; nearest valid: {self.d_model}, or model.parametrization="
+                       "'standard'")
+    for name, valid, why in (
+        ("head", "untied", "the rates of an embedding and of a head differ"),
+        ("attention", "gqa", "a rank has no base")):
+      value = getattr(self, name)
+      if value != valid and (name == "head" or self.latent):
+        raise ValueError(f"model.{name}={value!r} has no rule under model.parametrization='mup': {why}; "
+                         f"nearest valid: {valid!r}, or model.parametrization='standard'")
+    self.mup_base_head_dim = self.mup_base_head_dim or self.head_dim
+    if self.attention_scale is None and self.mup_base_head_dim != self.head_dim:
+      self.attention_scale = self.mup_base_head_dim**0.5 / self.head_dim
 
   def _validate_positions(self):
     scaling, dim = self.rope_scaling, self.turned_dim

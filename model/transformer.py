@@ -18,6 +18,7 @@ from model.kernels.platform import AUTO
 from model.layers import INIT, NORM, dropout, embed_shards, lift, read, several, softcap, token_axes, weight
 from model.lookup import check_choice, lookup
 from model.moe import DISPATCH, ROUTER
+from model.parametrization import PARAMETRIZATION, init_factor
 from model.pipeline import pipeline
 from model.sharding import fit, on_devices, place, ways
 
@@ -59,7 +60,7 @@ def check_names(cfg: ModelConfig) -> None:
   for field, table in (("context", CONTEXT), ("attention", ATTENTION),
                        ("attention_impl", {AUTO: None, **KERNEL}),
                        ("ffn", FFN), ("norm", NORM), ("norm_position", NORM_POSITION), ("init", INIT),
-                       ("remat", REMAT),
+                       ("remat", REMAT), ("parametrization", PARAMETRIZATION),
                        ("head", dict.fromkeys(HEAD))):
     lookup(table, getattr(cfg, field), f"model.{field}")
   if cfg.ffn == "moe":
@@ -319,11 +320,14 @@ def init_params(cfg, mesh, key):
   graphdef, abstract = abstract_params(cfg, mesh)
   repeat = _repeat(cfg)
 
+  def one(name, param):
+    value, factor = repeat(name, param.get_value()), init_factor(cfg, name)
+    return param.replace(value if factor == 1.0 else (value * factor).astype(value.dtype))
+
   def init(key):
     flat = nnx.to_flat_state(nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))))
-    flat = [(path, param.replace(repeat("/".join(map(str, path)), param.get_value())))
-            for path, param in flat]
-    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+    return nnx.to_pure_dict(nnx.from_flat_state([(path, one("/".join(map(str, path)), param))
+                                                 for path, param in flat]))
 
   places = jax.tree.map(lambda a: a.sharding, abstract)
   return graphdef, jax.jit(init, out_shardings=places, compiler_options=_once(mesh))(key)

@@ -36,8 +36,9 @@ MODELS = {
   "windowed + GQA": (dict(
       n_heads=8, n_kv_heads=2, n_layers=16, layer_pattern=("local", "global"), window=9, qk_norm="rmsnorm",
       attention_softcap=20.0, logit_softcap=30.0, context="ring", attention_impl="chunked"), {}),
-  "MoE softmax": (dict(**_TINY, **_MOE, n_layers=8, router="softmax", context="ulysses", exchange="gather"),
-                  dict(z_loss=1e-3)),
+  "MoE softmax": (dict(
+      **_TINY, **_MOE, n_layers=8, router="softmax", context="ulysses", exchange="gather",
+      parametrization="mup", mup_base_width=16, mup_base_head_dim=2), dict(z_loss=1e-3)),
   "MoE sigmoid": (dict(
       **_TINY, **_MOE, n_layers=9, n_dense_layers=1, router="sigmoid", router_bias=True, n_shared_experts=1,
       n_expert_groups=4, n_groups_per_token=2, routed_scale=2.5, context="gather", exchange="ragged"),

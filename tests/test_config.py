@@ -30,6 +30,7 @@ REWRITE = "if that is intended, run `python -m tests.test_config` and look at th
 MOE = ("model.ffn=moe", "model.n_experts=8", "model.n_experts_per_token=2")
 MLA = ("model.attention=mla", "model.n_kv_heads=4", "model.kv_lora_rank=16", "model.qk_nope_head_dim=6",
        "model.qk_rope_head_dim=4", "model.v_head_dim=8")
+MUP = ("model.parametrization=mup", "model.mup_base_width=32")
 # Overrides of configs/tiny.py -> what the one line on stderr must hold. The tests have 8 devices.
 CONTRADICTIONS = [
   (["batch_size=6", "mesh.data=4", "mesh.fsdp=2"],
@@ -107,6 +108,11 @@ CONTRADICTIONS = [
   ([*MLA, "model.qk_rope_head_dim=3"], ["model.qk_rope_head_dim=3", "even", "2, 4"]),
   ([*MLA, "model.kv_lora_rank=12"], ["model.kv_lora_rank=12", "mesh.fsdp=8", "nearest valid mesh.fsdp: 4"]),
   (["model.kv_lora_rank=12"], ["model.kv_lora_rank=12", "model.attention='gqa'", "'mla'"]),
+  (["model.parametrization=mup"], ["model.parametrization='mup'", "model.mup_base_width", "valid: 64"]),
+  ([*MUP, "model.head=tied"], ["model.head='tied'", "'mup'", "nearest valid: 'untied'"]),
+  ([*MUP, *MLA], ["model.attention='mla'", "'mup'", "nearest valid: 'gqa'"]),
+  ([*MUP, "optim.name=muon"], ["optim.name='muon'", "'mup'", "nearest valid: 'adamw'"]),
+  ([*MUP, "optim.name=sgd"], ["optim.name='sgd'", "'mup'", "nearest valid: 'adamw'"]),
   (["model.n_layers=0"], ["model.n_layers=0", "nearest valid: 1"]),
   (["model.n_layers=3", "model.window=8", "model.layer_pattern=('local', 'global')"],
    ["model.n_layers=3", "nearest valid: 2, 4"]),
@@ -164,6 +170,8 @@ UNREAD = [
   ("model.positions=none model.rope_theta=1e6", "model.positions='none'", "nearest valid: 10000.0"),
   ("model.qk_norm_over=all", "model.qk_norm=None", "nearest valid: 'head'"),
   ("model.init_std=0.1 model.init=fan_in", "model.init='fan_in'", "nearest valid: 0.02"),
+  ("model.mup_base_width=32", "model.parametrization='standard'", "nearest valid: None"),
+  ("model.mup_base_head_dim=8", "model.parametrization='standard'", "nearest valid: None"),
   ("data.tokenizer.model=unigram data.tokenizer.vocab_size=8192 data.tokenizer.path=x",
    "data.tokenizer.path='x'", "nearest valid: 'bpe'"),
   ("data.tokenizer.path=x", "data.tokenizer.vocab_size=384", "nearest valid: 8192"),

@@ -15,6 +15,7 @@ from model.ffn import FFN
 from model.kernels.attention import KERNEL
 from model.layers import NORM
 from model.moe import DISPATCH, ROUTER
+from model.parametrization import PARAMETRIZATION
 from model.sharding import make_mesh
 from model.transformer import NORM_POSITION, check_names, init_params
 from train.step import abstract_batch, abstract_state, make_train_step
@@ -125,6 +126,9 @@ def variants() -> dict[str, dict]:
   found |= {f"norm={name}": dict(norm=name, qk_norm=name) for name in NORM}
   over = {"branch": dict(qk_norm="rmsnorm", qk_norm_over="all")}  # As OLMo 2 has them.
   found |= {f"norm_position={name}": dict(norm_position=name) | over.get(name, {}) for name in NORM_POSITION}
+  widths = dict(mup_base_width=16, mup_base_head_dim=5)
+  found |= {f"head_dim,parametrization={name}": dict(head_dim=10, parametrization=name, **widths)
+            for name in PARAMETRIZATION if name != "standard"}
   found |= {
     "mla,yarn": MLA | MOE | dict(q_lora_rank=None, router_normalize=False, rope_scaling=YARN, out_bias=True),
     "rotary_dim,yarn": dict(
@@ -134,7 +138,7 @@ def variants() -> dict[str, dict]:
       rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_length=16)),
     "positions=learned": dict(positions="learned", max_length=T + 3, attention_scale=0.5),
     "positions=none": dict(positions="none", n_kv_heads=1),
-    "mha": dict(n_kv_heads=4), "mqa": dict(n_kv_heads=1), "head_dim": dict(head_dim=10),
+    "mha": dict(n_kv_heads=4), "mqa": dict(n_kv_heads=1),
     "tied": dict(head="tied"),
     "biases": dict(qkv_bias=True, out_bias=True, ffn_bias=True),
     "soft caps": dict(attention_impl="chunked", attention_softcap=5.0, logit_softcap=5.0),

@@ -22,6 +22,8 @@ OPTIMIZER_KNOBS = {
   "muon": dict(b1=0.9, b2=0.95, eps=1e-8, momentum=0.95),  # The first three are of its Adam.
   "sgd": dict(momentum=0.9),
 }
+# Those whose updates do not grow with the gradient: what the rates of model.parametrization="mup" are for.
+ADAM_LIKE = ("adamw", "adafactor", "lion")
 SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant", "wsd")
 BASELINES = ("gzip", "ngram5")  # The keys of data.baselines.BASELINE.
 
@@ -34,8 +36,9 @@ RANGES = {
     "model.qk_nope_head_dim", "model.qk_rope_head_dim", "model.v_head_dim", "model.rope_scaling.factor",
     "model.rope_scaling.length", "model.unroll", "model.n_experts", "model.n_experts_per_token",
     "model.d_expert", "model.n_expert_groups", "model.n_groups_per_token", "model.pipeline_microbatches",
-    "model.pipeline_repeats", "mesh.slices", "data.sources[].documents",
-    "data.tokenizer.vocab_size", "data.tokenizer.train_bytes", "data.workers", "data.prefetch",
+    "model.pipeline_repeats", "model.mup_base_width", "model.mup_base_head_dim", "mesh.slices",
+    "data.sources[].documents", "data.tokenizer.vocab_size", "data.tokenizer.train_bytes", "data.workers",
+    "data.prefetch",
     "optim.max_skips", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "eval.every",
     "eval.rows", "log.every", "log.profile_steps", "report.n_tokens"),
   "[2, inf)": ("model.rope_scaling.original_length",),
@@ -77,6 +80,8 @@ CHOICES = {
 SET = "set"  # Neither None, 0, False nor empty.
 READ_IF = (
   ("model.init_std", "model.init", ("normal",)),
+  ("model.mup_base_width", "model.parametrization", ("mup",)),
+  ("model.mup_base_head_dim", "model.parametrization", ("mup",)),
   *((f"model.{name}", "model.ffn", ("moe",)) for name in (
     "n_experts", "n_experts_per_token", "d_expert", "n_shared_experts", "n_dense_layers", "router",
     "router_bias", "router_normalize", "n_expert_groups", "n_groups_per_token", "routed_scale", "dispatch",
@@ -273,6 +278,10 @@ class TrainConfig:
     self._validate_vocabulary()
     self.model.validate()
     self.optim.validate()
+    name = self.optim.name
+    if self.model.parametrization == "mup" and name not in ADAM_LIKE and ":" not in name:
+      raise ValueError(f"optim.name={name!r} has no rule under model.parametrization='mup', whose rates are "
+                       "Adam's; nearest valid: 'adamw', or model.parametrization='standard'")
     if self.seq_len > (self.model.max_length or self.seq_len):
       raise ValueError(f"seq_len={self.seq_len} is more than the model.max_length={self.model.max_length} "
                        f"positions of the model; nearest valid: {self.model.max_length}")

@@ -11,6 +11,7 @@ from optax import contrib
 from optax.contrib._muon import scale_by_shape
 
 from model.lookup import lookup
+from model.parametrization import rate_factor
 from model.sharding import abstract_mesh
 from model.transformer import abstract_params, stack_dims
 
@@ -133,7 +134,8 @@ def match(field, rules, params):
 
 
 def make_optimizer(cfg, params) -> optax.GradientTransformation:
-  """clip -> optimizer -> decoupled decay -> per-parameter scale, for the parameters that are not frozen.
+  """clip -> optimizer -> rates of the parametrization -> decoupled decay -> per-parameter scale, for the
+  parameters that are not frozen. So the decay of a parameter is that of all widths.
 
   What comes out is the direction: the step subtracts it times the learning rate, which is a function of the
   step alone.
@@ -153,6 +155,9 @@ def make_optimizer(cfg, params) -> optax.GradientTransformation:
   parts = [lookup(OPTIMIZER, optim.name, "optim.name")(optim, cfg.model)]
   if optim.grad_clip is not None:
     parts.insert(0, optax.clip_by_global_norm(optim.grad_clip))
+  rates = jax.tree_util.tree_map_with_path(lambda path, _: rate_factor(cfg.model, path_name(path)), params)
+  if any(rate != 1.0 for rate in jax.tree.leaves(rates)):
+    parts.append(_per_parameter(lambda u, p, rate: u * rate, trained(rates)))
   if optim.weight_decay:
     parts.append(_per_parameter(lambda u, p, d: u + optim.weight_decay * d * p if d else u, trained(decay)))
   if any(s != 1.0 for s in jax.tree.leaves(scale)):

@@ -58,7 +58,8 @@ def find_lost(family: Family, cfg: ModelConfig) -> list[str]:
 
 
 # Fields that say how to run or to train a model, not what it computes.
-FREE = {"init", "init_std", "precision", "param_dtype", "compute_dtype", "remat", "unroll", "dispatch",
+FREE = {"init", "init_std", "parametrization", "mup_base_width", "mup_base_head_dim", "precision",
+        "param_dtype", "compute_dtype", "remat", "unroll", "dispatch",
         "grouped_impl", "capacity_factor", "exchange", "pipeline_microbatches", "pipeline_repeats", "rules",
         "attention_impl", "context", "dropout"}
 ARCHITECTURE = [name for name in ModelConfig.__dataclass_fields__ if name not in FREE]

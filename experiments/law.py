@@ -4,8 +4,9 @@ budget C = 6 N D FLOP.
 Hoffmann et al. (arXiv:2203.15556, approach 3) have gamma = 1, Kaplan et al. (arXiv:2001.08361, eq. 1.5) E = 0
 and beta = 1. The fit minimises the sum of Huber losses of log L, written as a log-sum-exp, by L-BFGS from a
 grid of starts. Their sum, not their mean: divided by the number of rows the objective falls below L-BFGS's
-tolerances, and it stops early (Besiroglu et al., arXiv:2404.10102). So do resampled fits that begin at the
-whole one's constants, unless the tolerances are tight: their spread was a tenth of what it is.
+tolerances, and it stops early (Besiroglu et al., arXiv:2404.10102). It does so too where it begins near the
+end, as with resampled rows, whose spread came out a tenth of what it is. Hence the last steps are those of
+least squares, which see the valley that L-BFGS does not.
 
 L is in nats a token, D in tokens, N in whatever the rows count.
 """
@@ -16,7 +17,7 @@ import math
 import pathlib
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, minimize
 
 from data.files import replacing
 
@@ -31,8 +32,7 @@ FORM = {
 GRID = {"a": (0, 5, 10, 15, 20, 25), "b": (0, 5, 10, 15, 20, 25), "e": (-1, -0.5, 0, 0.5, 1),
         "alpha": (0, 0.5, 1, 1.5, 2), "beta": (0, 0.5, 1, 1.5, 2), "gamma": (0.05, 0.1, 0.2, 0.5)}
 MOST_STARTS = 24  # Of the grid, those where the objective is least.
-TIGHT = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 3000, "maxfun": 20_000}
-NEWTON_STEPS = 8
+TIGHT = 1e-12  # Relative, of the objective, the constants and the gradient.
 RESAMPLES = 200
 LEVEL = 0.95
 SAME_BUDGET = 0.1  # Rows whose 6 N D differ by less, relative, are of one budget.
@@ -118,29 +118,31 @@ def _quantiles(values, level):
 
 # The fit.
 
-def objective(theta, rows, *, delta: float = DELTA) -> tuple[float, np.ndarray]:
-  """(sum of the Huber losses of log L, its gradient).
+def errors(theta, rows) -> tuple[np.ndarray, np.ndarray]:
+  """(log of fitted over measured [rows], its derivatives [rows, 6]).
 
   Args:
-    theta: the six of NAMES; E and the like as logarithms.
+    theta: the six of NAMES.
     rows: [rows, 3], N, D and the loss.
   """
   a, b, e, alpha, beta, gamma = theta
   n, d, loss = np.log(rows).T
-  terms = np.stack([a - alpha * n, b - beta * d, np.full_like(n, e)])
-  top = terms.max(0)
-  weights = np.exp(terms - top)
-  total = weights.sum(0)
-  weights /= total
-  whole = top + np.log(total)
-  error = gamma * whole - loss
+  terms = np.stack([a - alpha * n, b - beta * d, np.full_like(n, e)], 1)
+  top = terms.max(1, keepdims=True)
+  shares = np.exp(terms - top)
+  total = shares.sum(1, keepdims=True)
+  shares /= total
+  whole = (top + np.log(total))[:, 0]
+  by = gamma * shares
+  return gamma * whole - loss, np.stack([*by.T, -by[:, 0] * n, -by[:, 1] * d, whole], 1)
+
+
+def objective(theta, rows, *, delta: float = DELTA) -> tuple[float, np.ndarray]:
+  """(sum of the Huber losses of `errors`, its gradient [6])."""
+  error, slopes = errors(theta, rows)
   size = np.abs(error)
   value = np.where(size <= delta, error**2 / 2, delta * (size - delta / 2)).sum()
-  slope = np.clip(error, -delta, delta)
-  to_a, to_b, to_e = gamma * (weights * slope).sum(1)
-  by = gamma * slope
-  return value, np.array([to_a, to_b, to_e, -(by * weights[0] * n).sum(), -(by * weights[1] * d).sum(),
-                          (slope * whole).sum()])
+  return value, np.clip(error, -delta, delta) @ slopes
 
 
 def fit_law(rows, form: str = "chinchilla", *, resamples: int = RESAMPLES, seed: int = 0,
@@ -161,12 +163,12 @@ def fit_law(rows, form: str = "chinchilla", *, resamples: int = RESAMPLES, seed:
   starts = np.array(list(itertools.product(*axes)), float)
   nearest = np.argsort(_objectives(starts, rows), kind="stable")[:MOST_STARTS]
   found = min((_descend(theta, rows, held) for theta in starts[nearest]), key=lambda result: result[0])
-  theta = _settle(_descend(found[1], rows, held, **TIGHT)[1], rows, held)
+  theta = _settle(found[1], rows, held)
   rng, laws = np.random.default_rng(seed), []
   while len(laws) < resamples:
     drawn = rows[rng.integers(0, len(rows), len(rows))]
     if len({*drawn[:, 0]}) > 2 and len({*drawn[:, 1]}) > 2:  # Fewer say nothing of an exponent.
-      laws.append(_as_law(_descend(theta, drawn, held, **TIGHT)[1]))
+      laws.append(_as_law(_settle(theta, drawn, held)))
   return Fit(form, _as_law(theta), rows, tuple(laws), source)
 
 
@@ -196,38 +198,37 @@ def _objectives(starts, rows):
   return np.concatenate(out)
 
 
-def _descend(theta, rows, held, **options):
+def _descend(theta, rows, held):
   """(objective, theta) where L-BFGS stops; what is held stays."""
-  theta, free = np.array(theta, float), np.array([value is None for value in held])
+  theta, free = np.array(theta, float), [i for i, value in enumerate(held) if value is None]
 
   def at(part):
     theta[free] = part
     value, slope = objective(theta, rows)
     return value, slope[free]
 
-  found = minimize(at, theta[free], jac=True, method="L-BFGS-B", options=options)
+  found = minimize(at, theta[free], jac=True, method="L-BFGS-B")
   theta[free] = found.x
   return found.fun, theta
 
 
 def _settle(theta, rows, held):
-  """Newton's steps, for the last digits: along the valley between A and alpha, or B and beta, the objective
-  changes less than a float shows."""
-  free = np.flatnonzero([value is None for value in held])
-  slope = lambda theta: objective(theta, rows)[1][free]
-  for _ in range(NEWTON_STEPS):
-    steps = 1e-5 * np.eye(len(theta))[free]
-    curvature = np.array([slope(theta + step) - slope(theta - step) for step in steps]) / 2e-5
-    better = theta.copy()
-    better[free] -= np.linalg.lstsq((curvature + curvature.T) / 2, slope(theta), rcond=None)[0]
-    if not np.abs(slope(better)).max() < np.abs(slope(theta)).max():
-      break
-    theta = better
+  """From nearby to the last digits: least squares take steps along the valley between A and alpha, or B and
+  beta, where the objective itself changes less than L-BFGS sees."""
+  theta, free = np.array(theta, float), [i for i, value in enumerate(held) if value is None]
+
+  def at(part):
+    theta[free] = part
+    return errors(theta, rows)
+
+  theta[free] = least_squares(
+    lambda part: at(part)[0], theta[free], jac=lambda part: at(part)[1][:, free], loss="huber", f_scale=DELTA,
+    x_scale="jac", ftol=TIGHT, xtol=TIGHT, gtol=TIGHT, max_nfev=1000).x
   return theta
 
 
 def _as_law(theta):
-  a, b, e, alpha, beta, gamma = (float(v) for v in theta)
+  a, b, e, alpha, beta, gamma = (min(float(v), 700.0) for v in theta)  # Of senseless rows: beyond a float.
   return Law(math.exp(e), math.exp(a), math.exp(b), alpha, beta, gamma)
 
 

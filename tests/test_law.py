@@ -101,8 +101,8 @@ def test_without_noise_the_constants_are_found():
 
 
 def test_spread_of_the_resampled_fits_is_epochs(epoch):
-  """Epoch's standard errors are alpha 0.02, beta 0.02, E 0.03. At L-BFGS's usual tolerances fits stop near
-  where they begin, and alpha's is 0.0006."""
+  """Epoch's standard errors are alpha 0.02, beta 0.02, E 0.03. L-BFGS at its usual tolerances stops near
+  where it begins: it made alpha's 0.0006."""
   spread = lambda name: np.std([getattr(law, name) for law in epoch.laws])
   assert 0.01 < spread("alpha") < 0.03 and 0.01 < spread("beta") < 0.03 and 0.015 < spread("E") < 0.045
 
@@ -177,6 +177,11 @@ def test_a_file_holds_the_fit(tmp_path):
 def test_mistakes_are_named(rows, form, said):
   with pytest.raises(ValueError, match=said):
     fit_law(rows, form)
+
+
+def test_rows_without_a_law_give_constants_all_the_same():
+  law = fit_law(np.concatenate([made_up(HOFFMANN)[:, :2], np.full((36, 1), 9.0)], 1), resamples=2).law
+  assert law.loss(1e8, 1e10) == pytest.approx(9, rel=0.01)
 
 
 def test_the_shipped_fit_is_this_one(epoch):

@@ -1,0 +1,236 @@
+"""How does the loss fall with parameters and tokens, and is a larger model than those where the law says?
+
+  python -m experiments.sweep experiments.scaling --jobs=2     the grid
+  python -m experiments.scaling [--out=runs/sweeps/scaling]    the law: a table, fit.json, scaling.png
+  python -m experiments.plan --budget=1e13 --fit=runs/sweeps/scaling/fit.json
+
+Sizes are by the dial of configs/dense.py, budgets C = 6 N D in steps of 4, so that each budget is spent by
+sizes on both sides of its best one. No text is read twice. N counts the parameters that multiply a token, the
+head with them, not the embedding that is looked up: 6 N is then what a token costs, which matters at these
+sizes. Each length has a schedule of its own, down to 0.
+
+The second command fits on all sizes but the largest, which is what it predicts.
+"""
+import argparse
+import contextlib
+import io
+import json
+import math
+import operator
+import pathlib
+import sys
+import typing
+
+import numpy as np
+
+from data.flags import from_json, read_config
+from experiments.cells import read_outcome
+from experiments.law import LEVEL, Fit, fit_law, isoflop, write_fit
+from experiments.plan import short
+from train.config import TrainConfig
+from train.metrics import read_metrics
+from train.plot import STYLE
+from train.roofline import matrix_parameters
+
+BASE = "configs/dense.py:s3"
+# Of C, as configs/dense.py has them, but for the rate, 0.3118 there. A scan of s2 (0.8M tokens; rates 0.003,
+# 0.006, 0.012: losses 3.320, 3.186, 3.225) and s4 (0.6M; 0.005, 0.010: 3.283, 3.295) has its least at 0.2.
+RATE = lambda flops: float(f"{0.2 * flops**-0.125:.3g}")
+BATCH = lambda flops: 0.292 * flops**0.3271  # Tokens.
+# FLOP -> the dials that spend it. The last one is held out.
+GRID = {5e10: (1, 2, 3), 2e11: (1, 2, 3, 4), 8e11: (2, 3, 4, 5), 3.2e12: (3, 4, 5), 6.4e12: (6,)}
+
+
+def runs():
+  for flops, dials in reversed(GRID.items()):  # The longest first: none is left alone at the end.
+    for dial in dials:
+      yield f"s{dial},C={flops:.1e}", cell(f"configs/dense.py:s{dial}", flops)
+
+
+def cell(config: str, flops: float) -> dict:
+  """Overrides by which the model of `config` spends this budget."""
+  with contextlib.redirect_stderr(io.StringIO()):  # The dial's rules.
+    c = read_config(config)
+  c.model.vocab_size = c.data.tokenizer.vocab_size
+  tokens = flops / 6 / matrix_parameters(c.model.validate())
+  rows = 2 ** round(math.log2(BATCH(flops) / c.seq_len))
+  steps = round(tokens / rows / c.seq_len)
+  return {"config": config, "steps": steps, "batch_size": rows, "optim.warmup_steps": steps // 10,
+          "optim.lr": RATE(flops), "optim.final_lr_fraction": 0.0,
+          "eval.rows": 256, "data.sources[0].max_epochs": 1.0}
+
+
+# What came of it.
+
+class Point(typing.NamedTuple):
+  """A run."""
+  name: str
+  n: int  # Parameters that multiply.
+  d: int  # Tokens trained on.
+  loss: float
+  total: int  # Parameters, the embedding too.
+
+  @property
+  def flops(self) -> float:
+    return 6 * self.n * self.d
+
+
+def read_points(folder) -> tuple[list[Point], list[str]]:
+  """(the runs of a sweep that are done, largest last; the others, and why).
+
+  Raises:
+    ValueError: no sweep, a metric that is no loss in nats a token, a damaged file.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    sweep = json.loads((folder / "sweep.json").read_text())
+  except FileNotFoundError:
+    raise ValueError(f"--out={folder} is no sweep: it has no sweep.json; python -m experiments.sweep "
+                     "experiments.scaling makes one") from None
+  if not sweep["metric"].endswith("/loss"):
+    raise ValueError(f"{folder} is about {sweep['metric']}; a law is fitted to a loss, such as eval/val/loss")
+  points, missing = [], []
+  for cell in sweep["cells"]:
+    for seed in sweep["seeds"]:
+      workdir = folder / cell["id"] / f"seed={seed}"
+      outcome = read_outcome(workdir)
+      if outcome is None or outcome.status != "done":
+        missing.append(f"{cell['name']} seed {seed}: {outcome.status if outcome else 'not finished'}")
+      else:
+        points.append(_read_point(cell["name"], workdir, sweep["metric"]))
+  return sorted(points, key=lambda p: (p.n, p.d)), missing
+
+
+def _read_point(name, workdir, metric):
+  cfg = from_json(TrainConfig, json.loads((workdir / "config.json").read_text())["config"])
+  lines = read_metrics(workdir / "metrics.jsonl")
+  last = lambda key: next(line[key] for line in reversed(lines) if key in line)
+  n = matrix_parameters(cfg.model)
+  looked_up = cfg.model.padded_vocab_size * cfg.model.d_model
+  return Point(name, n, last("tokens"), last(metric), n + (looked_up if cfg.model.head != "tied" else 0))
+
+
+def split(points: list[Point]) -> tuple[list[Point], list[Point]]:
+  """(those to fit, those of the largest size)."""
+  largest = max(p.n for p in points)
+  return [p for p in points if p.n < largest], [p for p in points if p.n == largest]
+
+
+def fit_points(points: list[Point], source: str = "") -> Fit:
+  """Raises ValueError: too few runs, sizes or numbers of tokens."""
+  return fit_law([(p.n, p.d, p.loss) for p in points], source=source)
+
+
+def describe(fit: Fit, fitted: list[Point], held: list[Point]) -> str:
+  wide = max(len(p.name) for p in (*fitted, *held))
+  lines = [f"{'':{wide}}{'N':>9}{'all':>9}{'D':>9}{'D/N':>8}{'FLOP':>10}{'loss':>9}{'by the law':>12}"
+           f"{'error':>9}", *(_line(wide, p, float(fit.law.loss(p.n, p.d))) for p in fitted)]
+  lines += ["", f"held out, {held[0].n / max(p.n for p in fitted):.3g} times the largest size fitted and "
+            f"{max(p.flops for p in held) / max(p.flops for p in fitted):.3g} times the largest budget:"]
+  for p in held:
+    loss, low, high = fit.predict(p.n, p.d)
+    lines.append(f"{_line(wide, p, loss)}   {LEVEL:.0%} interval {low:.4f} to {high:.4f}")
+  lines += ["", f"L = E + A / N^alpha + B / D^beta, of {len(fitted)} runs of {len({p.n for p in fitted})} "
+            f"sizes; {LEVEL:.0%} intervals of {len(fit.laws)} resamplings:"]
+  for name in ("E", "A", "B", "alpha", "beta", "exponent"):
+    low, high = fit.interval(operator.attrgetter(name))
+    lines.append(f"  {name:8} {getattr(fit.law, name):10.4g}   {low:.4g} to {high:.4g}")
+  lines += ["", "The best size grows as C^exponent, C = 6 N D (attention is not counted).",
+            _describe_parabolas(fit), "N: parameters that multiply a token; all: with the embedding. Intervals",
+            "are of which runs there are, not of the law's form: what is far from the runs is a guess."]
+  return "\n".join(lines)
+
+
+def _line(wide, p, loss):
+  return (f"{p.name:{wide}}{short(p.n):>9}{short(p.total):>9}{short(p.d):>9}{p.d / p.n:8.3g}{p.flops:10.2g}"
+          f"{p.loss:9.4f}{loss:12.4f}{loss / p.loss - 1:+9.2%}")
+
+
+def _describe_parabolas(fit):
+  found, exponent = isoflop(fit.rows)
+  if not found:
+    return "No budget has sizes on both sides of its best one."
+  lines = []
+  for p in found:
+    n, d = fit.law.optimum(p.flops)
+    lines.append(f"  {p.flops:.2g} FLOP: {short(p.n)}, loss {p.least:.3f}; by the law {short(n)}, "
+                 f"{fit.law.loss(n, d):.3f}")
+  growth = "" if math.isnan(exponent) else f", exponent {exponent:.3f}"
+  return "\n".join([f"By a parabola through each budget's runs{growth}:", *lines])
+
+
+# The picture.
+
+def plot(fit: Fit, fitted: list[Point], held: list[Point], path):
+  """Two views as a PNG: loss by tokens, a curve a size; loss by size, a curve a budget."""
+  import matplotlib
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+  points, shade = [*fitted, *held], matplotlib.colormaps["viridis"]
+  with plt.rc_context(STYLE):
+    figure, (by_tokens, by_size) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
+    sizes = sorted({p.n for p in points})
+    for i, n in enumerate(sizes):
+      name = next(p.name for p in points if p.n == n).partition(",")[0]
+      _draw(by_tokens, [p for p in points if p.n == n], lambda p: p.d, lambda d, n=n: fit.law.loss(n, d),
+            (min(p.d for p in points) / 1.3, max(p.d for p in points) * 1.3), shade(0.9 * i / len(sizes)),
+            f"{name}: {short(n)}" + ", held out" * (n == held[0].n), n == held[0].n)
+    budgets = sorted({float(f"{p.flops:.1g}") for p in points})
+    for i, flops in enumerate(budgets):
+      mine = [p for p in points if float(f"{p.flops:.1g}") == flops]
+      spent = float(np.exp(np.mean([math.log(p.flops) for p in mine])))
+      sizes = *(p.n for p in mine), fit.law.optimum(spent)[0]
+      _draw(by_size, mine, lambda p: p.n, lambda n, c=spent: fit.law.loss(n, c / 6 / n),
+            (min(sizes) / 1.8, max(sizes) * 1.8), shade(0.9 * i / len(budgets)),
+            f"{spent:.2g} FLOP", mine[0].n == held[0].n)
+    best = [fit.law.optimum(c) for c in np.geomspace(budgets[0], budgets[-1], 30)]
+    by_size.plot([n for n, _ in best], [fit.law.loss(n, d) for n, d in best], color="#888888", linestyle=":",
+                 linewidth=1.6, label="best size")
+    for axes, title, unit in ((by_tokens, "Loss by tokens", "tokens"),
+                              (by_size, "Loss by size, at equal FLOP", "parameters that multiply")):
+      axes.set_title(title)
+      axes.set_xscale("log")
+      axes.set_xlabel(unit)
+      axes.set_ylabel("loss (nats per token)")
+      axes.margins(y=0.08)
+      axes.legend(fontsize=8.5)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _draw(axes, points, at, curve, span, colour, label, held):
+  x = np.geomspace(*span, 200)
+  axes.plot(x, curve(x), color=colour, linewidth=1.5, linestyle="--" if held else "-", alpha=0.85)
+  axes.plot([at(p) for p in points], [p.loss for p in points], color=colour, linestyle="", label=label,
+            marker="*" if held else "o", markersize=13 if held else 6, markeredgecolor="white",
+            markeredgewidth=0.7, zorder=3)
+
+
+def main(argv=None) -> int:
+  parser = argparse.ArgumentParser(prog="experiments.scaling", description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--out", type=pathlib.Path, metavar="DIR", default=pathlib.Path("runs/sweeps/scaling"),
+                      help="the sweep's folder, of any experiment of sizes and tokens; default: %(default)s")
+  args = parser.parse_args(argv)
+  try:
+    points, missing = read_points(args.out)
+    for line in missing:
+      print(f"WARNING: left out: {line}", file=sys.stderr)
+    if not points:
+      raise ValueError(f"--out={args.out}: no run is done yet; python -m experiments.sweep goes on")
+    fitted, held = split(points)
+    fit = fit_points(fitted, f"{len(fitted)} runs of {args.out.resolve().name}")
+  except ValueError as e:
+    print(f"experiments.scaling: error: {e}", file=sys.stderr)
+    return 2
+  print(describe(fit, fitted, held))
+  write_fit(args.out / "fit.json", fit)
+  plot(fit, fitted, held, args.out / "scaling.png")
+  budget = 10 * max(p.flops for p in points)
+  print(f"\n{args.out / 'fit.json'}, {args.out / 'scaling.png'}\n\n"
+        f"    python -m experiments.plan --budget={budget:.0e} --fit={args.out / 'fit.json'}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

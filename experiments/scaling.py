@@ -136,8 +136,9 @@ def describe(fit: Fit, fitted: list[Point], held: list[Point]) -> str:
     low, high = fit.interval(operator.attrgetter(name))
     lines.append(f"  {name:8} {getattr(fit.law, name):10.4g}   {low:.4g} to {high:.4g}")
   lines += ["", "The best size grows as C^exponent, C = 6 N D (attention is not counted).",
-            _describe_parabolas(fit), "N: parameters that multiply a token; all: with the embedding. Intervals",
-            "are of which runs there are, not of the law's form: what is far from the runs is a guess."]
+            _describe_parabolas(fit),
+            "N: parameters that multiply a token; all: with the embedding. Intervals are of which runs",
+            "there are, not of the law's form: what is far from the runs is a guess."]
   return "\n".join(lines)
 
 

@@ -51,7 +51,9 @@ def _swatch():
 def _figure(key, rows, shown):
   curves = _average([[run.curves.get(key) for run in row.runs] for row in rows])
   last = max((x[-1] for x, *_ in curves if len(x)), default=1) or 1
-  late = np.concatenate([mean[x >= 0.1 * last] for x, mean, *_ in curves] or [np.zeros(0)])
+  first = 0.1 * last  # The first steps would flatten the rest.
+  first = first if max((x >= first).sum() for x, *_ in curves) > 2 else 0
+  late = np.concatenate([mean[x >= first] for x, mean, *_ in curves])
   late = late[np.isfinite(late)]
   if not len(late):
     return ""

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import textwrap
 import urllib.parse
 
 import numpy as np
@@ -76,8 +77,8 @@ def _title(report):
 def _header(report):
   first, rest = report.headline
   better = "more" if report.higher_is_better else "less"
-  paragraphs = "".join(f'<p class="lead">{_e(p.strip())}</p>\n' if not _is_code(p) else
-                       f'<pre class="lead">{_e(p)}</pre>\n' for p in rest.split("\n\n") if p.strip())
+  paragraphs = "".join(f'<pre class="lead">{_e(textwrap.dedent(p))}</pre>\n' if _is_code(p) else
+                       f'<p class="lead">{_e(p.strip())}</p>\n' for p in rest.split("\n\n") if p.strip())
   return f"""<header>
 <p class="kicker">{_e(report.experiment)}</p>
 <h1>{_e(first)}</h1>

@@ -137,6 +137,8 @@ def read_sweep(folder, *, baseline: str | None = None, metric: str | None = None
   if not (folder / "sweep.json").is_file():
     raise ValueError(f"{folder} is not a sweep: it has no sweep.json (python -m experiments.sweep makes one)")
   sweep = _read_json(folder / "sweep.json")
+  if not sweep["cells"]:
+    raise ValueError(f"{folder}/sweep.json has no cell yet")
   metric = metric or sweep["metric"]
   higher = sweep["higher_is_better"] if higher_is_better is None else higher_is_better
   known = set()
@@ -227,6 +229,8 @@ def _read_json(path):
 
 
 def _find_baseline(rows, name):
+  if name is None:
+    return 0
   for i, row in enumerate(rows):
     if name in (row.name, row.id):
       return i

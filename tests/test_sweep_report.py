@@ -108,6 +108,19 @@ def test_what_did_not_end_well_is_said_and_judged_by_nobody(sweep):
   pruned.unlink()
 
 
+def test_a_run_that_ended_well_without_a_number_has_not(tmp_path):
+  make_sweep(tmp_path, 4)
+  for cell, value in (("cell-001", None), ("cell-002", "NaN")):
+    path = tmp_path / cell / "seed=1" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line | ({"eval/val/loss": value} if "eval/val/loss" in line else {}) for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  rows = read_sweep(tmp_path).rows
+  assert [row.kind for row in rows[1:3]] == ["failed", "diverged"] and rows[3].comparison.verdict
+  assert rows[1].runs[1].error == "it has ended without eval/val/loss"
+  assert rows[2].runs[1].error == "eval/val/loss is nan"
+
+
 def test_links_lead_to_files_from_wherever_the_page_is(sweep, tmp_path):
   folder, _ = sweep
   for at in (folder, tmp_path):

@@ -14,6 +14,7 @@ import typing
 from data.files import write_json
 from data.flags import nearest
 from experiments.cells import (
+  SETTINGS,
   Experiment,
   Outcome,
   Run,
@@ -70,7 +71,8 @@ def main(argv=None) -> int:
   try:
     experiment, module = read_experiment(args.experiment)
     folder = args.out or pathlib.Path("runs/sweeps") / experiment.module.rpartition(".")[2]
-    return sweep(experiment, folder, args)
+    return search_for(experiment, module, folder, args) if hasattr(module, "suggest") else sweep(
+      experiment, folder, args)
   except ValueError as e:
     print(f"experiments.sweep: error: {e}", file=sys.stderr)
     return 2
@@ -80,8 +82,10 @@ def sweep(experiment: Experiment, folder: pathlib.Path, args) -> int:
   """Raises ValueError: a mistake of the user's."""
   from experiments.estimate import count
   from experiments.local import Board, run_local
+  from experiments.on_ray import read_settings, run_on_ray
   from experiments.render import write
   figures = count(experiment)
+  ray = read_settings(args.set) if args.on == "ray" else None
   runs = choose(find_runs(experiment, folder), args.only)
   outcomes = {run.workdir: read_outcome(run.workdir) for run in runs}
   missing = [run for run in runs if (o := outcomes[run.workdir]) is None or o.status == "failed"]
@@ -106,8 +110,36 @@ def sweep(experiment: Experiment, folder: pathlib.Path, args) -> int:
     board = Board(len(runs), experiment.metric, args.jobs, cost.seconds if cost else None,
                   done=len(runs) - len(missing))
     with board:
-      outcomes |= run_local(missing, args.jobs, board)
+      outcomes |= (run_local(missing, args.jobs, board) if ray is None else
+                   run_on_ray(missing, ray, board))
   return conclude(experiment, folder, runs, outcomes)
+
+
+def search_for(experiment, module, folder, args) -> int:
+  """Raises ValueError: a mistake of the user's."""
+  from experiments.estimate import count
+  from experiments.local import Board
+  from experiments.search import check_search, describe_best, search
+  for flag, given in (("--only", args.only), ("--render", args.render), ("--on=ray", args.on == "ray")):
+    if given:
+      raise ValueError(f"{flag} is of a grid: {experiment.module} is a search, whose trials depend on each "
+                       "other, and run on this machine")
+  check_search(experiment, module)
+  trials = getattr(module, "TRIALS", SETTINGS["TRIALS"])
+  print(f"{experiment.question.partition(chr(10))[0]}\n\na search of {trials} trials", flush=True)
+  if args.dry_run:
+    return 0
+  done = len(list(folder.glob("*/seed=*/outcome.json")))
+  with Board(trials, experiment.metric, args.jobs, done=done) as board:
+    found = search(experiment, module, folder, args.jobs, board, count)
+  for text in found.refused:
+    print(f"refused: {text}", file=sys.stderr)
+  print(describe_best(found))
+  code = conclude(found.experiment, folder, found.runs, found.outcomes) if found.runs else 1
+  if found.left:
+    print(f"stopped with {found.left} of {trials} trials to go; the same command goes on")
+    return 143
+  return code or int(bool(found.refused))
 
 
 def choose(runs: list[Run], glob: str | None) -> list[Run]:

@@ -80,8 +80,8 @@ def _connect(ray, address):
   try:
     ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR",
              runtime_env={"env_vars": {"PYTHONPATH": paths}}, **({} if address else here))
-  except (ConnectionError, ValueError, RuntimeError) as e:
-    raise ValueError(f"address={address}: {str(e).splitlines()[0]}") from None
+  except Exception as e:  # Of no class of its own, where Ray does not start in time.
+    raise ValueError(f"Ray at address={address}: {str(e).splitlines()[0]}") from None
 
 
 def _check_resources(ray, resources):

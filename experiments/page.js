@@ -9,7 +9,7 @@ function show() {
   const kinds = all(".kinds [aria-pressed=true]").map(b => b.dataset.kind);
   const free = !text && !kinds.length;
   for (const table of all("table[data-fold]")) {
-    const rows = all("tbody tr", table);
+    const rows = all("tbody tr:not(.fold)", table);
     const match = rows.filter(row =>
       (!text || row.querySelector("th").textContent.toLowerCase().includes(text)) &&
       (!kinds.length || kinds.includes(row.dataset.kind) || row.dataset.kind === "baseline"));
@@ -53,7 +53,7 @@ function sort(button) {
 // Which curves stand out: each has a slot, which is a colour and a dash.
 const slots = new Map();
 function paint() {
-  const names = new Map(all(".forest tr[data-i], #figures tr[data-i]").map(r => [r.dataset.i, r.querySelector(".name").textContent]));
+  const names = new Map(all(".name").map(b => [b.closest("tr").dataset.i, b.textContent]));
   for (const item of all(".curve, tr[data-i]")) {
     const slot = slots.get(item.dataset.i);
     item.classList.remove("on", ...Array.from({length: SLOTS}, (_, s) => "s" + s));

@@ -137,12 +137,12 @@ def errors(theta, rows) -> tuple[np.ndarray, np.ndarray]:
   return gamma * whole - loss, np.stack([*by.T, -by[:, 0] * n, -by[:, 1] * d, whole], 1)
 
 
-def objective(theta, rows, *, delta: float = DELTA) -> tuple[float, np.ndarray]:
+def objective(theta, rows) -> tuple[float, np.ndarray]:
   """(sum of the Huber losses of `errors`, its gradient [6])."""
   error, slopes = errors(theta, rows)
   size = np.abs(error)
-  value = np.where(size <= delta, error**2 / 2, delta * (size - delta / 2)).sum()
-  return value, np.clip(error, -delta, delta) @ slopes
+  value = np.where(size <= DELTA, error**2 / 2, DELTA * (size - DELTA / 2)).sum()
+  return value, np.clip(error, -DELTA, DELTA) @ slopes
 
 
 def fit_law(rows, form: str = "chinchilla", *, resamples: int = RESAMPLES, seed: int = 0,
@@ -238,12 +238,8 @@ def _as_law(theta):
 class Parabola:
   """Of one budget: loss = least + curvature * log(N / n)^2."""
   flops: float
-  n: float  # Where it is least.
+  n: float
   least: float
-  curvature: float
-
-  def loss(self, n):
-    return self.least + self.curvature * np.log(np.asarray(n, float) / self.n)**2
 
 
 def isoflop(rows) -> tuple[list[Parabola], float]:
@@ -261,7 +257,7 @@ def isoflop(rows) -> tuple[list[Parabola], float]:
     curvature, slope, level = np.polyfit(np.log(n) - middle, loss, 2)
     best = middle - slope / (2 * curvature) if curvature > 0 else math.inf
     if np.log(n).min() < best < np.log(n).max():
-      found.append(Parabola(flops, math.exp(best), level - slope**2 / (4 * curvature), curvature))
+      found.append(Parabola(flops, math.exp(best), level - slope**2 / (4 * curvature)))
   if len(found) < 2:
     return found, math.nan
   return found, float(np.polyfit([math.log(p.flops) for p in found], [math.log(p.n) for p in found], 1)[0])

@@ -63,6 +63,11 @@ class PreparedSource:
     """documents, tokens (markers included) or bytes (of text) of a split."""
     return self.manifest["splits"][split][what]
 
+  def verify(self) -> None:
+    """Raises ValueError, OSError: the manifest or a file is not what was written, by size and hash."""
+    if _checked(self.folder, {}, verify=True) != self.manifest:
+      raise ValueError(f"{self.folder / 'manifest.json'} is not the one that this run began with")
+
   @functools.cache  # noqa: B019, a handful of objects that live as long as the run.
   def lengths(self, split: str) -> np.ndarray:
     """int64 [documents], tokens of each, markers included."""

@@ -153,7 +153,7 @@ def train(cfg, workdir, run: Run, *, overrides=(), allowed=(), stop: StopSignal,
       checkpoints.wait()
     progress.note(f"memory: {peak_memory()} at most")
     if jax.process_index() == 0:
-      progress.note(forecast.compare(read_metrics(writer.path), _bytes(step_fn), peak_memory()))
+      progress.note(forecast.compare(read_metrics(writer.path), step_bytes(step_fn), peak_memory()))
     progress.note(clock.describe())
   return 0
 
@@ -228,7 +228,7 @@ def _compile(cfg, run, graphdef, abstract, feed, state):
       step_fn, eval_fn = step_fn.result(), eval_fn.result()
   note(f"compile: {time.perf_counter() - start:.1f} s, {cache.describe()}")
   cache.settle(["train_step", "eval_step"], is_late=lambda: clock.phase != "saving")  # That slices shards.
-  note(f"memory: the step needs {_bytes(step_fn) / 2**30:.2f} GiB a device, by the compiler")
+  note(f"memory: the step needs {step_bytes(step_fn) / 2**30:.2f} GiB a device, by the compiler")
   return step_fn, eval_fn, state
 
 
@@ -237,7 +237,8 @@ def _describe_kernels(model):
   return f"kernels on {platform()}: attention {model.attention_impl}{experts}"
 
 
-def _bytes(step_fn):
+def step_bytes(step_fn) -> int:
+  """What a compiled step needs of a device, by the compiler."""
   memory = step_fn.memory_analysis()
   if platform() == "tpu":  # Elsewhere the peak is without temporaries; there, they are counted twice.
     return memory.peak_memory_in_bytes

@@ -150,6 +150,15 @@ def make_train_step(cfg, graphdef, params):
   return train_step
 
 
+def make_gradient(cfg, graphdef):
+  """(params, batch) -> the gradient of a step, in nats per token, before it is clipped. No dropout."""
+  def gradient(params, batch):
+    tokens = jnp.maximum(batch["weights"].sum(), 1.0)
+    return jax.tree.map(lambda g: g / tokens, _accumulate(cfg, graphdef, params, batch, None)[1])
+
+  return gradient
+
+
 def _accumulate(cfg, graphdef, params, batch, key):
   """Loss and gradient summed over the micro-batches; rows i, i + k, i + 2k, ... make one, so every device
   takes part.

@@ -261,7 +261,7 @@ def _figures(report, rows, at, times):
     time = f'<td class="num" data-v="{v(row.seconds)}">{duration(row.seconds)}</td>\n' if times else ""
     body.append(f"""<tr data-kind="{_css(row.kind)}" data-i="{i}">
 <th scope="row"><button type="button" class="name"><span>{_name(row)}</span></button></th>
-<td class="num" data-v="{v(c.mean)}">{metric_text(c, d)}</td>
+<td class="num" data-v="{v(c.mean)}">{metric_text(row, d)}</td>
 <td class="seeds">{seeds}</td>
 <td class="num" data-v="{v(c.p)}">{_e(p(c.p))}</td>
 <td class="num" data-v="{v(c.p_adjusted)}">{_e(p(c.p_adjusted))}</td>

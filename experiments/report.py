@@ -245,7 +245,9 @@ def _describe(row, judgement, is_baseline):
   if verdict and (row.comparison.mean is not None or not is_baseline):
     return verdict, (verdict + " (the same numbers)" * row.comparison.same
                      + " (noisy)" * (row.comparison.noisy and not judgement.noise.noisy_A[0]))
-  if is_baseline and found["done"] != n:
+  if is_baseline and found["done"] == n:
+    return "baseline", "baseline"
+  if is_baseline:
     worst = next(s for s in ("diverged", "failed", "pruned", "unfinished", "missing") if found[s])
     return "baseline", f"baseline, {worst} in {found[worst]} of {n} seeds"
   if found["diverged"]:
@@ -311,7 +313,7 @@ def print_report(report: Report, console) -> None:
                      no_wrap=title != "cell")
   for row in ordered(report):
     verdict, c = f"[{STYLE[row.kind]}]{escape(row.said)}[/]", row.comparison
-    table.add_row(escape(row.name), str(row.n_done), metric_text(c, d), difference_text(c, d), verdict,
+    table.add_row(escape(row.name), str(row.n_done), metric_text(row, d), difference_text(c, d), verdict,
                   amount(row.tokens), amount(row.flops), duration(row.seconds))
   console.print(table)
   console.print()
@@ -345,8 +347,12 @@ def summary(report: Report) -> list[str]:
   return lines
 
 
-def metric_text(c: Comparison, d: int) -> str:
-  return "" if c.mean is None else f"{c.mean:.{d}f}" + (f" ± {c.half:.{d}f}" if c.half is not None else "")
+def metric_text(row: Row, d: int) -> str:
+  """In brackets: the mean of runs that are not compared."""
+  c, values = row.comparison, [run.value for run in row.runs if run.status == "done"]
+  if c.mean is None:
+    return f"({sum(values) / len(values):.{d}f})" if values else ""
+  return f"{c.mean:.{d}f}" + (f" ± {c.half:.{d}f}" if c.half is not None else "")
 
 
 def difference_text(c: Comparison, d: int) -> str:

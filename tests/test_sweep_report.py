@@ -102,6 +102,8 @@ def test_what_did_not_end_well_is_said_and_judged_by_nobody(sweep):
   assert 'href="cell-006/seed%3D1/output.log"' in page and "What did not end well" in page
   whole = judge(table[:6])
   assert [row.comparison for row in report.rows[:6]] == whole.comparisons
+  line, = (line for line in said.splitlines() if line.startswith(report.rows[8].name + " "))
+  assert line.split()[1:3] == ["3", f"({np.nanmean(table[8]):.{report.decimals}f})"]
   pruned = folder / "cell-008" / "seed=2" / "outcome.json"
   pruned.write_text(json.dumps({"status": "pruned", "exit_code": 143, "seconds": 1.0, "error": None}))
   assert read_sweep(folder).rows[8].said == "pruned"

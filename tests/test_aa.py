@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from experiments.report import read_sweep
@@ -32,9 +33,11 @@ def test_of_twenty_cells_that_are_alike_at_most_one_is_called(sweep):
 @pytest.mark.slow
 @pytest.mark.parametrize("sign,verdict", [(1, "worse"), (-1, "better")])
 def test_a_planted_difference_is_found_and_covered(sweep, sign, verdict, tmp_path):
-  """2.5 noise bands, added to the raw files of one cell."""
+  """9 standard errors of a difference, about two noise bands, added to the raw files of one cell."""
   report = read_sweep(sweep)
-  planted, cell = sign * 2.5 * report.judgement.band, report.rows[7]
+  table = np.array([[run.value for run in row.runs] for row in report.rows])
+  residual = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
+  planted, cell = sign * 9 * ((residual ** 2).sum() / (19 * 3) * 2 / 4) ** 0.5, report.rows[7]
   shutil.copytree(sweep, tmp_path / "sweep", ignore=shutil.ignore_patterns("checkpoints"))
   for path in (tmp_path / "sweep" / cell.id).glob("seed=*/metrics.jsonl"):
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -52,8 +52,8 @@ class Law:
 
   def loss(self, n, d):
     """Nats a token after training n parameters on d tokens; arrays broadcast."""
-    terms = self.A / np.asarray(n, float)**self.alpha + self.B / np.asarray(d, float)**self.beta
-    return (self.E + terms)**self.gamma
+    falls = lambda whole, x, power: np.exp(math.log(whole) - power * np.log(x))  # Powers alone may overflow.
+    return (self.E + falls(self.A, n, self.alpha) + falls(self.B, d, self.beta))**self.gamma
 
   @property
   def exponent(self) -> float:

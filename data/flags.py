@@ -117,13 +117,19 @@ def read_config(path: str):
   return config
 
 
-def resolve(path: str, overrides: list[str], checks=()):
-  """The validated config that "--config=PATH" and "a.b=v" strings say, for a program that makes them up.
+def resolve(path: str, overrides: list[str], checks=()) -> tuple[object, dict]:
+  """What "--config=PATH" and "a.b=v" strings say, for a program that makes them up.
+
+  Returns:
+    The validated config, and those of its leaves that were set to something else than the default.
 
   Raises:
     ValueError: whatever `load` exits with 2 for.
   """
-  return _validate(override(read_config(path), overrides), checks, known_devices())
+  config = override(read_config(path), overrides)
+  default = leaves(type(config)())
+  chosen = {name: v for name, v in leaves(config).items() if name not in default or v != default[name]}
+  return _validate(config, checks, known_devices()), chosen
 
 
 def override(config, overrides: list[str]):
@@ -161,6 +167,18 @@ def diff(config, other) -> list[str]:
 def as_json(config) -> dict:
   """Nested plain values; tuples become lists when written. `from_json` is its inverse."""
   return dataclasses.asdict(config)
+
+
+def flatten(tree, prefix: str = "") -> dict[str, object]:
+  """`as_json`'s dict, or one that was read back from a file, -> leaves by dotted name, as `leaves` has them of
+  a config: a list is a leaf unless it holds sections."""
+  if isinstance(tree, dict):
+    items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items()]
+  elif isinstance(tree, (list, tuple)) and tree and all(isinstance(v, dict) for v in tree):
+    items = [(f"{prefix}[{i}]", v) for i, v in enumerate(tree)]
+  else:
+    return {prefix: tree}
+  return functools.reduce(lambda done, item: done | flatten(item[1], item[0]), items, {})
 
 
 def from_json(schema: type, tree: dict, prefix: str = ""):

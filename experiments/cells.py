@@ -14,6 +14,7 @@ A key "config" in a cell takes the place of BASE. In place of runs(), suggest(tr
 """
 import ast
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import json
@@ -22,7 +23,7 @@ import re
 import traceback
 import typing
 
-from data.flags import ROOT, WORDS, config_hash, nearest, resolve
+from data.flags import ROOT, WORDS, as_json, nearest, resolve
 from train.config import TrainConfig
 from train.main import check_run
 
@@ -35,7 +36,7 @@ NAME_LENGTH = 80  # Of a folder, before its hash.
 
 class Cell(typing.NamedTuple):
   name: str
-  id: str  # The name and a hash of the resolved settings: another config is another cell.
+  id: str  # The name and a hash of the settings that are not the defaults: a field that is new changes none.
   config: str  # FILE.py[:ARG]
   overrides: dict[str, object]
   resolved: TrainConfig  # Validated.
@@ -104,14 +105,15 @@ def make_cell(base: str | None, overrides: dict, name: str | None = None, metric
     if "seed" in overrides:
       raise ValueError(f"seed={overrides['seed']} is set by SEEDS; nearest valid: init_seed, of the first "
                        "weights alone")
-    resolved = resolve(config, as_flags(overrides), checks=(_check_once,))
+    resolved, chosen = resolve(config, as_flags(overrides), checks=(_check_once,))
     if metric.startswith("eval/") and not resolved.data.val_fraction:
       raise ValueError(f"METRIC={metric!r} needs documents to evaluate on; nearest valid: "
                        "data.val_fraction=0.1")
   except ValueError as e:
     raise ValueError(f"cell {name!r}: {e}") from None
   clean = re.sub(r"[^\w=,.+-]+", "_", name)[:NAME_LENGTH]
-  return Cell(name, f"{clean}-{config_hash(resolved)[7:13]}", config, overrides, resolved)
+  digest = hashlib.sha256("\n".join(f"{k} = {v!r}" for k, v in sorted(chosen.items())).encode()).hexdigest()
+  return Cell(name, f"{clean}-{digest[:6]}", config, overrides, resolved)
 
 
 def _check_once(cfg, seen={}):  # noqa: B006 (It is the memory.)
@@ -126,6 +128,25 @@ def find_runs(experiment: Experiment, folder) -> list[Run]:
   """All runs, the first seed of every cell before the second of any."""
   return [Run(cell, seed, pathlib.Path(folder) / cell.id / f"seed={seed}")
           for seed in experiment.seeds for cell in experiment.cells]
+
+
+def check_unchanged(runs: list[Run]) -> None:
+  """What is there was made with the settings that these runs have.
+
+  Raises:
+    ValueError: a default or a derived value has changed since.
+  """
+  from train.checkpoint import ABSENT, changed_settings
+  for run in runs:
+    path = run.workdir / "config.json"
+    if not path.exists():
+      continue
+    there, here = json.loads(path.read_text())["config"], as_json(run.cell.resolved)
+    changed = [f"{name}={new} ({old} there)" for name, old, new in changed_settings(there, here, ["seed"])
+               if ABSENT not in (old, new)]
+    if changed:
+      raise ValueError(f"{run.workdir} was made with other settings than cell {run.cell.name!r} has now: "
+                       f"{', '.join(changed[:3])}; give another --out, or remove it")
 
 
 def label(overrides: dict) -> str:

@@ -8,7 +8,6 @@ import collections
 import datetime
 import hashlib
 import html
-import json
 import math
 import os
 import pathlib
@@ -295,7 +294,7 @@ def _settings(report, rows):
   if not keys:
     return ""
   base = report.rows[report.baseline]
-  text = lambda value: value if isinstance(value, str) else json.dumps(value)
+  text = lambda value: value if isinstance(value, str) else repr(value)
   if len(keys) <= MOST_SETTINGS:
     heads = "".join(f'<th scope="col">{_e(key)}</th>' for key in keys)
     body = "\n".join(

@@ -16,7 +16,7 @@ import shutil
 import sys
 import typing
 
-from data.flags import nearest
+from data.flags import flatten, nearest
 from train.metrics import NON_FINITE, read_metrics
 
 EPILOG = """columns:
@@ -51,7 +51,8 @@ def read_table(root, metric: str) -> Table:
   for folder in _find_folders(root):
     try:
       record = json.loads((folder / "config.json").read_text())
-      leaves = _flatten(record["config"])
+      leaves = {name: json.dumps(v) if isinstance(v, list) else v
+                for name, v in flatten(record["config"]).items()}
       last_step, value = _read_end((folder / "metrics.jsonl").read_bytes(), metric)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
       continue
@@ -95,22 +96,6 @@ def _status(folder, last_step, steps):
     return json.loads(path.read_text())["status"]
   return "done" if last_step is not None and steps is not None and last_step >= steps else "unfinished"
 
-
-def _flatten(tree, prefix=""):
-  """Leaves by name; lists of sections by index, other lists as text."""
-  leaves = {}
-  for key, value in tree.items():
-    sections = [(f"{prefix}{key}[{i}].", v) for i, v in enumerate(value)] if isinstance(value, list) else []
-    if isinstance(value, dict):
-      leaves |= _flatten(value, f"{prefix}{key}.")
-    elif sections and all(isinstance(v, dict) for v in value):
-      leaves |= {k: v for name, section in sections for k, v in _flatten(section, name).items()}
-    else:
-      leaves[prefix + key] = json.dumps(value) if isinstance(value, list) else value
-  return leaves
-
-
-# The condition.
 
 def select(table: Table, condition: str | None, metric: str, higher_is_better: bool = False) -> list[dict]:
   """The rows that meet the condition, best first; NaN and rows without the metric are last.

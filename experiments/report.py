@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 
-from data.flags import nearest
+from data.flags import flatten, nearest
 from experiments.verdicts import Comparison, Judgement, judge
 from train.metrics import NON_FINITE
 
@@ -265,23 +265,13 @@ def _describe(row, judgement, is_baseline):
 
 def _compare_settings(rows, i):
   """Fills in the settings of each cell that differ from the baseline's, as its runs recorded them."""
-  leaves = [_flatten(next((run.record["config"] for run in row.runs if run.record), {})) for row in rows]
+  leaves = [flatten(next((run.record["config"] for run in row.runs if run.record), {})) for row in rows]
   for row, mine in zip(rows, leaves):
     different = {key: value for key, value in mine.items()
                  if key != "seed" and key in leaves[i] and value != leaves[i][key] or key not in leaves[i]}
     row.settings = different if mine and leaves[i] else row.overrides
   changed = {key for row in rows for key in row.settings}
   rows[i].settings = {key: leaves[i][key] for key in sorted(changed) if key in leaves[i]}
-
-
-def _flatten(tree, prefix=""):
-  leaves = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      leaves |= _flatten(value, f"{prefix}{key}.")
-    else:
-      leaves[prefix + key] = value
-  return leaves
 
 
 def _find_mixtures(rows):

@@ -18,6 +18,7 @@ from experiments.cells import (
   Experiment,
   Outcome,
   Run,
+  check_unchanged,
   describe,
   find_runs,
   read_experiment,
@@ -87,6 +88,7 @@ def sweep(experiment: Experiment, folder: pathlib.Path, args) -> int:
   figures = count(experiment)
   ray = read_settings(args.set) if args.on == "ray" else None
   runs = choose(find_runs(experiment, folder), args.only)
+  check_unchanged(runs)
   outcomes = {run.workdir: read_outcome(run.workdir) for run in runs}
   missing = [run for run in runs if (o := outcomes[run.workdir]) is None or o.status == "failed"]
   cost = price(experiment, folder, missing, args) if args.dry_run or args.chip or experiment.budget else None

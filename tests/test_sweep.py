@@ -86,7 +86,7 @@ def test_a_cell_is_known_by_its_resolved_settings(experiment):
   assert [a.id == b.id for a, b in zip(other.cells, found.cells)] == [True, False, True, True]
   run = cells.find_runs(found, "runs/x")[3]
   parsed, args = parse(run.command)
-  assert parsed == flags.resolve("configs/moe_tiny.py", ["steps=30", "seed=0"])
+  assert parsed == flags.resolve("configs/moe_tiny.py", ["steps=30", "seed=0"])[0]
   assert args.workdir == f"runs/x/{found.cells[3].id}/seed=0"
 
 
@@ -288,3 +288,25 @@ def test_a_hundred_cells_are_read_in_seconds(experiment):
         yield {"optim.lr": 1e-3 + 1e-6 * i}
   '''))
   assert len(found.cells) == 100 and time.process_time() - begin < 10
+
+
+def test_a_new_field_changes_no_cell_and_a_new_default_is_told(experiment, tmp_path, monkeypatch):
+  """The code under a sweep may grow; what is done stays done, unless it would come out otherwise now."""
+  name = experiment('"""Q?"""\nBASE = "configs/tiny.py"\nruns = lambda: [{"optim.lr": 1e-2}]')
+  found, _ = read_experiment(name)
+  run = cells.find_runs(found, tmp_path)[0]
+  run.workdir.mkdir(parents=True)
+  flags.write_config_json(run.workdir / "config.json", run.cell.resolved, [])
+  cells.check_unchanged([run])
+  record = json.loads((run.workdir / "config.json").read_text())
+  del record["config"]["model"]["logit_softcap"]  # As if it had come since.
+  (run.workdir / "config.json").write_text(json.dumps(record))
+  cells.check_unchanged([run])
+  record["config"]["z_loss"] = 1e-4  # As if that had been the default.
+  (run.workdir / "config.json").write_text(json.dumps(record))
+  with pytest.raises(ValueError, match=r"made with other settings .* z_loss=0.0 \(0.0001 there\); give"):
+    cells.check_unchanged([run])
+  fresh = type(run.cell.resolved)
+  fields = {**fresh.__dataclass_fields__}
+  monkeypatch.setattr(fresh, "__dataclass_fields__", {k: v for k, v in fields.items() if k != "init_seed"})
+  assert read_experiment(name)[0].cells[0].id == run.cell.id

@@ -6,7 +6,6 @@ model/hub/orbax.py holds the layout on disk and the reading half, which inferenc
 import concurrent.futures
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import pathlib
@@ -20,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from data.flags import flatten
 from model.hub.orbax import (
   META,
   STATE,
@@ -279,7 +279,7 @@ Change = tuple[str, typing.Any, typing.Any]  # Leaf, old value, new value.
 
 def diff_configs(old: dict, new: dict) -> list[Change]:
   """Each leaf that differs, sorted by name. Sections in lists are indexed: data.sources[0].path."""
-  old, new = (_flatten(json.loads(json.dumps(config))) for config in (old, new))
+  old, new = (flatten(json.loads(json.dumps(config))) for config in (old, new))
   changes = [(leaf, old.get(leaf, ABSENT), new.get(leaf, ABSENT))
              for leaf in sorted(old.keys() | new.keys())]
   return [(leaf, a, b) for leaf, a, b in changes if repr(a) != repr(b)]
@@ -296,7 +296,7 @@ def changed_settings(old: dict, new: dict, allowed: list[str]) -> list[Change]:
   Raises:
     ValueError: a name in `allowed` that neither config has.
   """
-  leaves = [leaf for config in (old, new) for leaf in _flatten(config)]
+  leaves = [leaf for config in (old, new) for leaf in flatten(config)]
   for name in allowed:
     if not any(_is_under(leaf, name) for leaf in leaves):
       near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.4)
@@ -315,17 +315,6 @@ def refuse_changes(workdir, old: dict, new: dict, allowed: list[str]) -> None:
              for leaf, was, now in changes]
     raise Refused("\n".join([
         f"{workdir} was begun with other settings (or give another --workdir):", *lines]))
-
-
-def _flatten(tree, prefix=""):
-  """Leaves by dotted name. A list is a leaf unless it holds sections."""
-  if isinstance(tree, dict):
-    items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items()]
-  elif isinstance(tree, (list, tuple)) and tree and all(isinstance(v, dict) for v in tree):
-    items = [(f"{prefix}[{i}]", v) for i, v in enumerate(tree)]
-  else:
-    return {prefix: tree}
-  return functools.reduce(lambda done, item: done | _flatten(item[1], item[0]), items, {})
 
 
 def _is_under(leaf, name):

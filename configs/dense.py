@@ -102,12 +102,13 @@ def get_config(arg: str = "") -> TrainConfig:
 
 
 def explain(arg, n, c):
-  """Once a process and dial."""
-  _print(arg, "\n".join([
+  from configs.dense import say  # Of the process: a config file is read anew each time.
+  say("\n".join([
     f"configs/dense.py:{arg}: {n:,} parameters in the blocks, {c.steps * c.batch_size * c.seq_len:,} tokens",
     *(f"  {name:18} {leaves(c)[name]!s:>8}  {rule}" for name, rule in RULES.items())]))
 
 
 @functools.cache
-def _print(arg, text):
+def say(text):
+  """On stderr, once a process."""
   print(text, file=sys.stderr)

@@ -63,9 +63,9 @@ def test_what_is_no_dial_is_refused_with_the_nearest(arg, near):
 
 
 def test_every_derived_value_is_printed_with_its_rule_once(capsys):
-  arg = "s11"  # Of no other test here.
-  cfg = dense.get_config(arg)
-  dense.get_config(arg)
+  cfg = dense.get_config("s11")  # Of no other test here.
+  flags.read_config(f"{ROOT}/configs/dense.py:s11")
+  flags.read_config(f"{ROOT}/configs/dense.py:s11")
   out, err = capsys.readouterr()
   assert out == "" and err.count("configs/dense.py:s11: ") == 1 and len(dense.RULES) == 8
   values = flags.leaves(cfg)

@@ -37,25 +37,23 @@ def test_activations_are_those_of_the_forward_pass():
   assert set(found) == set(coordinates.KINDS)
 
 
-def small_check(steps=4):
-  """slopes() of a model of one layer, of 32 and 128."""
-  mesh, changes = mesh_of("one"), {}
-  cfg = run_config(model=dict(n_layers=1, parametrization="mup", mup_base_width=32))
-  batches = [put(cfg.model, mesh, packed_batch(i)) for i in range(steps)]
-  for width in (32, 128):
-    cfgs = [coordinates.at_width(cfg, width, seed, steps) for seed in range(2)]
-    changes[width] = coordinates.measure(cfgs, mesh, batches)
-  return coordinates.slopes(changes)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, powers, seen", [
   (None, None, ()),
   ("output", Powers(-0.5, 0.0), ("logits",)),  # A head as if it were as wide as at the base.
 ])
 def test_a_fault_of_mup_is_seen(kind, powers, seen, monkeypatch):
+  """By two widths of one layer."""
   if kind:
     monkeypatch.setitem(PARAMETRIZATION["mup"], kind, powers)
-  found = small_check()
+  mesh, changes = mesh_of("one"), {}
+  cfg = run_config(model=dict(n_layers=1, parametrization="mup", mup_base_width=32))
+  cfg.optim.lr = 1e-3
+  batches = [put(cfg.model, mesh, packed_batch(i)) for i in range(4)]
+  for width in (32, 128):
+    cfgs = [coordinates.at_width(cfg, width, seed, 4) for seed in range(2)]
+    changes[width] = coordinates.measure(cfgs, mesh, batches)
+  found = coordinates.slopes(changes)
   assert {name for name, slope in found.items() if abs(slope) > 0.3} == set(seen), found
 
 

@@ -170,8 +170,8 @@ def as_json(config) -> dict:
 
 
 def flatten(tree, prefix: str = "") -> dict[str, object]:
-  """`as_json`'s dict, or one that was read back from a file, -> leaves by dotted name, as `leaves` has them of
-  a config: a list is a leaf unless it holds sections."""
+  """`as_json`'s dict, or one that was read from a file, -> leaves by dotted name, as `leaves` of a config
+  has them. A list is a leaf unless it holds sections."""
   if isinstance(tree, dict):
     items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items()]
   elif isinstance(tree, (list, tuple)) and tree and all(isinstance(v, dict) for v in tree):

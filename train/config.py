@@ -312,9 +312,11 @@ class TrainConfig:
           check_choice(name, one, CHOICES[entry])
     values, defaults = leaves(self), leaves(TrainConfig())
     for name, value in values.items():
-      index = (re.search(r"\[\d+\]", name) or ["[0]"])[0]
+      index, entry = (re.search(r"\[\d+\]", name) or ["[0]"])[0], _any_entry(name)
       for setting, other, valid in READ_IF:
-        default = defaults[setting.replace("[]", "[0]")] if setting == _any_entry(name) else value
+        if setting != entry:
+          continue
+        default = defaults[setting.replace("[]", "[0]")]
         there = values[other.replace("[]", index)]
         if value != default and not (there if valid == SET else there in valid or ":" in str(there)):
           words = SET if valid == SET else " or ".join(map(repr, valid))

@@ -36,9 +36,9 @@ from train.plot import COLOURS, STYLE
 from train.step import init_state, make_train_step
 
 EPILOG = """examples:
-  python -m experiments.coordinates --config=configs/tiny.py          grows with the width
-  python -m experiments.coordinates --config=configs/tiny.py \\
-      --config.model.parametrization=mup --config.model.mup_base_width=64          flat
+  python -m experiments.coordinates --config=configs/tiny.py --config.optim.lr=2e-3       grows with the width
+  python -m experiments.coordinates --config=configs/tiny.py --config.optim.lr=2e-3 --seeds=4 \\
+      --config.model.parametrization=mup --config.model.mup_base_width=64                 flat
   python -m experiments.coordinates --config=configs/moe_tiny.py --widths=64,128 --seeds=1 --out=moe.png"""
 # Compiled once and run a few times: without LLVM's passes it is ready twice as soon.
 QUICK = dict(compiler_options={"xla_backend_optimization_level": 0})
@@ -172,7 +172,7 @@ def draw(cfg, changes, found, path):
     axes.set_xlabel("d_model")
     axes.set_ylabel("change, RMS")
     axes.set_title(f"{cfg.model.parametrization}: slopes of changes over the width")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
     plt.close(figure)
 

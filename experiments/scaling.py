@@ -168,6 +168,7 @@ def plot(fit: Fit, fitted: list[Point], held: list[Point], path):
   import matplotlib
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
+  from matplotlib import ticker
   points, shade = [*fitted, *held], matplotlib.colormaps["viridis"]
   with plt.rc_context(STYLE):
     figure, (by_tokens, by_size) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
@@ -192,6 +193,9 @@ def plot(fit: Fit, fitted: list[Point], held: list[Point], path):
                               (by_size, "Loss by size, at equal FLOP", "parameters that multiply")):
       axes.set_title(title)
       axes.set_xscale("log")
+      axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+      axes.xaxis.set_major_formatter(lambda value, _: short(value))
+      axes.xaxis.set_minor_formatter(ticker.NullFormatter())
       axes.set_xlabel(unit)
       axes.set_ylabel("loss (nats per token)")
       axes.margins(y=0.08)

@@ -223,7 +223,8 @@ def test_another_row_changes_nothing_exactly():
 @pytest.mark.parametrize("sizes, changes", [
   pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, {}, marks=pytest.mark.slow),
   ({"fsdp": 2, "tensor": 4}, {}),  # 4 devices for 2 kv heads.
-  ({"expert": 2, "stage": 2, "seq": 2}, MOE | dict(n_kv_heads=1, n_layers=8, pipeline_repeats=2))])
+  pytest.param({"expert": 2, "stage": 2, "seq": 2}, MOE | dict(n_kv_heads=1, n_layers=8, pipeline_repeats=2),
+               marks=pytest.mark.slow)])
 def test_sharded_decode_equals_one_device(sizes, changes):
   """The parameters come as training holds them: split over "fsdp" and "stage" too."""
   cfg, mesh = make_config(**CACHES["mixed"] | changes), make_mesh(**sizes)

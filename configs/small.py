@@ -1,8 +1,8 @@
 """The base of the ablations that ship: 1.1M parameters on Python's own library, a minute on one core.
 
 python -m train.main --config=configs/small.py
-Cost: 300 steps of 512 tokens. Expected: 4.4 nats a token on held-out files, 0.1 more or less by the seed. What
-matters is how two such runs differ:
+Cost: 300 steps of 512 tokens. Expected: 4.4 nats a token on held-out files, 0.1 more or less by the seed.
+What matters is how two such runs differ:
 python -m experiments.sweep experiments.qk_norm
 """
 from configs.quickstart import STDLIB

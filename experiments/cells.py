@@ -75,7 +75,7 @@ def read_experiment(name: str) -> tuple[Experiment, object]:
     ValueError: no such module, a setting it does not know, a cell that train.main would refuse.
   """
   module = _import(name)
-  settings = {key: getattr(module, key, default) for key, default in SETTINGS.items()}
+  settings = {key: setting(module, key) for key in SETTINGS}
   _check_settings(module, settings)
   cells = []
   for item in _call(module.runs) if hasattr(module, "runs") else ():
@@ -89,6 +89,11 @@ def read_experiment(name: str) -> tuple[Experiment, object]:
     module=module.__name__, question=inspect.cleandoc(module.__doc__), metric=settings["METRIC"],
     higher_is_better=settings["HIGHER_IS_BETTER"], seeds=tuple(settings["SEEDS"]), budget=settings["BUDGET"],
     baseline=_find_baseline(settings["BASELINE"], cells), cells=cells), module
+
+
+def setting(module, key: str):
+  """A key of SETTINGS, as an experiment's module has it."""
+  return getattr(module, key, SETTINGS[key])
 
 
 def make_cell(base: str | None, overrides: dict, name: str | None = None, metric: str = "") -> Cell:

@@ -16,9 +16,9 @@ import time
 import typing
 
 from data.files import write_json
-from experiments.cells import Outcome, Run
+from experiments.cells import Outcome, Run, read_outcome
 from train.launch import end_with_parent
-from train.metrics import read_metrics
+from train.metrics import duration, read_metrics
 
 PROGRAM = "train.main"
 POLL_S = 0.1
@@ -75,6 +75,9 @@ def run_one(run: Run, place: Place | None = None, *, stop: threading.Event | Non
   run.workdir.mkdir(parents=True, exist_ok=True)
   if (holder := _wait_until_free(run.workdir, stop)) is not None:
     return Outcome("failed", 2, 0.0, f"{run.workdir} is in use by process {holder}")
+  if (ended := read_outcome(run.workdir)) is not None and ended.status != "failed":
+    return ended  # By whoever held the folder.
+  (run.workdir / "outcome.json").unlink(missing_ok=True)
   log = run.workdir / "output.log"
   with open(log, "ab", buffering=0) as output:
     command = [sys.executable, "-m", PROGRAM, *run.command]
@@ -133,15 +136,14 @@ def _last_words(log, first):
   return lines[-1].strip()[:500] if lines else "it said nothing"
 
 
-def run_local(runs: list[Run], jobs: int, board, *, one=run_one) -> dict[Run, Outcome]:
+def run_local(runs: list[Run], jobs: int, board) -> dict[pathlib.Path, Outcome]:
   """All of them, `jobs` at a time. SIGTERM and Ctrl-C stop it: the runs under way save first.
 
   Args:
     board: told what begins and ends (`Board`).
-    one: what runs one of them.
 
   Returns:
-    How those ended that ended.
+    By workdir, how those ended that ended.
 
   Raises:
     ValueError: this machine has not so many cores, GPUs or chips.
@@ -156,7 +158,7 @@ def run_local(runs: list[Run], jobs: int, board, *, one=run_one) -> dict[Run, Ou
     place = places.get()
     board.begin(run)
     try:
-      outcome = one(run, place, stop=stop)
+      outcome = run_one(run, place, stop=stop)
     except OSError as e:
       outcome = Outcome("failed", 1, 0.0, f"{type(e).__name__}: {e}")
     finally:
@@ -176,14 +178,9 @@ def run_local(runs: list[Run], jobs: int, board, *, one=run_one) -> dict[Run, Ou
 
 @contextlib.contextmanager
 def until_signal(stop: threading.Event):
-  """Sets `stop` on SIGTERM and Ctrl-C, and remembers which in stop.signal."""
-  stop.signal = None
-
-  def handle(number, frame):
-    stop.signal = stop.signal or signal.Signals(number)
-    stop.set()
-
-  before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+  """Sets `stop` on SIGTERM and Ctrl-C."""
+  before = {number: signal.signal(number, lambda *_: stop.set())
+            for number in (signal.SIGTERM, signal.SIGINT)}
   try:
     yield
   finally:
@@ -247,9 +244,7 @@ class Board:
     if known and len(known) == len(self._took):  # The others cost as much more than these as was expected.
       rest = sum(self._estimates.values()) - sum(guess for _, guess in known)
       seconds = rest * sum(took for took, _ in known) / sum(guess for _, guess in known) / self._jobs
-    minutes, seconds = divmod(int(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"left {hours}h{minutes:02}m" if hours else f"left {minutes}m{seconds:02}s"
+    return f"left {duration(max(seconds, 0))}"
 
   def _say(self, text, style=None):
     if self._live is not None:

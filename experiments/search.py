@@ -22,7 +22,7 @@ import typing
 
 from data.files import write_json
 from data.flags import nearest
-from experiments.cells import Experiment, Run, describe, find_runs, make_cell, read_outcome
+from experiments.cells import Experiment, Run, describe, find_runs, make_cell, read_outcome, setting
 from experiments.local import last_value, run_one, split_machine, until_signal
 from train.metrics import NON_FINITE
 
@@ -54,14 +54,14 @@ def check_search(experiment: Experiment, module) -> None:
   """Before anything is touched. Raises ValueError, also where the first proposal is one that train.main would
   refuse."""
   optuna = _optuna()
-  if getattr(module, "BASE", None) is None:
+  if setting(module, "BASE") is None:
     raise ValueError(f"{module.__name__} has no BASE; e.g. BASE = \"configs/tiny.py\"")
   for name, table in (("SAMPLER", SAMPLER), ("PRUNER", PRUNER)):
-    value = getattr(module, name, {"SAMPLER": "tpe", "PRUNER": None}[name])
+    value = setting(module, name)
     if value not in table:
       near = nearest(str(value), [k for k in table if k]) or [k for k in table if k]
       raise ValueError(f"{module.__name__}.{name}={value!r}: nearest valid: {', '.join(map(repr, near))}")
-  trials = getattr(module, "TRIALS", 20)
+  trials = setting(module, "TRIALS")
   if type(trials) is not int or trials < 1:
     raise ValueError(f"{module.__name__}.TRIALS={trials!r} must be a number from 1; nearest valid: 20")
   if len(experiment.seeds) > 1:
@@ -112,7 +112,7 @@ class _Search:
     self.module, self.folder, self._lock = module, folder, threading.Lock()
     self.experiment = dataclasses.replace(experiment, cells=[])
     self._study = self._open()
-    self._trials = getattr(module, "TRIALS", 20)
+    self._trials = setting(module, "TRIALS")
     self._refused, self._busy = [], {}  # Cell's id -> what is held while it runs.
     trials = self._study.get_trials(deepcopy=False)
     self._under_way = [t for t in trials if not t.state.is_finished()]
@@ -127,7 +127,7 @@ class _Search:
     every = min(cfg.eval.every or cfg.steps, cfg.steps)
     study = optuna.create_study(
       storage=optuna.storages.JournalStorage(backend), study_name=self.experiment.module, direction=direction,
-      pruner=PRUNER[getattr(self.module, "PRUNER", None)](optuna, cfg.steps, every), load_if_exists=True)
+      pruner=PRUNER[setting(self.module, "PRUNER")](optuna, cfg.steps, every), load_if_exists=True)
     metric = study.user_attrs.get("metric", self.experiment.metric)
     if metric != self.experiment.metric or study.direction.name.lower() != direction:
       there, here = f"{study.direction.name.lower()} {metric}", f"{direction} {self.experiment.metric}"
@@ -160,7 +160,7 @@ class _Search:
 
   def run(self, trial, place, stop, board):
     with self._lock:
-      self._study.sampler = SAMPLER[getattr(self.module, "SAMPLER", "tpe")](self._optuna, trial.number)
+      self._study.sampler = SAMPLER[setting(self.module, "SAMPLER")](self._optuna, trial.number)
       run = self._propose(trial)
       if run is None:
         self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
@@ -188,7 +188,7 @@ class _Search:
 
   def _watch(self, trial, run):
     """Tells the pruner what the run's file says, and asks it."""
-    if getattr(self.module, "PRUNER", None) is None:
+    if setting(self.module, "PRUNER") is None:
       return None
     path, read = run.workdir / "metrics.jsonl", 0
     told = set(self._study.get_trials(deepcopy=False)[trial.number].intermediate_values)

@@ -14,7 +14,6 @@ import typing
 from data.files import write_json
 from data.flags import nearest
 from experiments.cells import (
-  SETTINGS,
   Experiment,
   Outcome,
   Run,
@@ -23,8 +22,10 @@ from experiments.cells import (
   find_runs,
   read_experiment,
   read_outcome,
+  setting,
   shipped,
 )
+from experiments.report import amount, duration
 from model.sharding import MESH_AXES
 
 EPILOG = """examples:
@@ -33,7 +34,7 @@ EPILOG = """examples:
   python -m experiments.sweep experiments.qk_norm --only='*lr=0.01*'
   python -m experiments.sweep experiments.qk_norm --dry_run --chip=v5e --n=16 --price_per_chip_hour=1.2
   python -m experiments.sweep experiments.qk_norm --render=slurm --set=partition=gpu --set=gpus_per_node=1
-  python -m experiments.sweep experiments.qk_norm --on=ray --jobs=8 --set=num_gpus=1
+  python -m experiments.sweep experiments.qk_norm --on=ray --set=num_gpus=1
   python -m experiments.report experiments.qk_norm                  is the difference real?
 
 An experiment is a file: python -m pydoc experiments.cells. Exit codes: 0 all runs are done, 1 some failed,
@@ -62,6 +63,10 @@ def parse(argv=None):
     parser.error(f"--jobs={args.jobs} must be at least 1")
   if args.n is not None and args.chip is None:
     parser.error(f"--n={args.n} is of --chip, which is not given")
+  if args.price_per_chip_hour is not None and args.chip is None:
+    parser.error(f"--price_per_chip_hour={args.price_per_chip_hour:g} is of --chip, which is not given")
+  if args.jobs > 1 and args.on == "ray":
+    parser.error(f"--jobs={args.jobs} is of this machine: Ray runs as many at a time as it has resources for")
   if args.set and args.render is None and args.on == "local":
     parser.error(f"--set={args.set[0]} is of --render or --on=ray, which are not given")
   return args
@@ -112,8 +117,8 @@ def sweep(experiment: Experiment, folder: pathlib.Path, args) -> int:
     board = Board(len(runs), experiment.metric, args.jobs, cost.seconds if cost else None,
                   done=len(runs) - len(missing))
     with board:
-      outcomes |= (run_local(missing, args.jobs, board) if ray is None else
-                   run_on_ray(missing, ray, board))
+      ended = run_local(missing, args.jobs, board) if ray is None else run_on_ray(missing, ray, board)
+    outcomes |= {run.workdir: ended.get(run.workdir) for run in missing}
   return conclude(experiment, folder, runs, outcomes)
 
 
@@ -127,7 +132,7 @@ def search_for(experiment, module, folder, args) -> int:
       raise ValueError(f"{flag} is of a grid: {experiment.module} is a search, whose trials depend on each "
                        "other, and run on this machine")
   check_search(experiment, module)
-  trials = getattr(module, "TRIALS", SETTINGS["TRIALS"])
+  trials = setting(module, "TRIALS")
   print(f"{experiment.question.partition(chr(10))[0]}\n\na search of {trials} trials", flush=True)
   if args.dry_run:
     return 0
@@ -170,7 +175,7 @@ class Cost(typing.NamedTuple):
 
 
 def price(experiment, folder, runs, args) -> Cost:
-  """Raises ValueError: no such chip, a cell that does not run here."""
+  """Raises ValueError: no such chip, no number of them, a cell that does not run here."""
   from experiments.estimate import makespan, modelled, probe
   if args.chip is None:
     found = probe(experiment, folder, args.jobs, lambda text: print(text, file=sys.stderr)) if runs else None
@@ -182,7 +187,11 @@ def price(experiment, folder, runs, args) -> Cost:
   chip = get_chip(args.chip)
   seconds, chip_hours = {}, 0.0
   for run in runs:
-    n = args.n or abs(math.prod(getattr(run.cell.resolved.mesh, axis) for axis in MESH_AXES))
+    sizes = {axis: getattr(run.cell.resolved.mesh, axis) for axis in MESH_AXES}
+    if args.n is None and -1 in sizes.values():
+      axis = next(axis for axis, size in sizes.items() if size == -1)
+      raise ValueError(f"--chip needs --n, as mesh.{axis}=-1 of cell {run.cell.name!r} takes what is there")
+    n = args.n or math.prod(sizes.values())
     seconds[run.workdir] = run.cell.resolved.steps * modelled(run.cell, chip, n).step_s
     chip_hours += seconds[run.workdir] * n / chip.per_chip / 3600
   return Cost(seconds, makespan(list(seconds.values()), args.jobs), chip_hours, "chip-hour",
@@ -203,8 +212,8 @@ def tabulate(experiment, runs, outcomes, figures, cost) -> str:
     half = sum(outcomes[run.workdir] is None and (run.workdir / "checkpoints").exists() for run in mine)
     times = [cost.seconds[run.workdir] for run in mine if cost and run.workdir in cost.seconds]
     state = f"{done}/{len(mine)}" + f", {failed} failed" * bool(failed) + f", {half} half done" * bool(half)
-    lines.append(f"{id:{wide}}  {figures[id]['flops']:10.3g}  {short(figures[id]['tokens']):>8}  "
-                 f"{seconds(sum(times) / len(times)) if times else '':>10}  {state}"
+    lines.append(f"{id:{wide}}  {figures[id]['flops']:10.3g}  {amount(figures[id]['tokens']):>8}  "
+                 f"{duration(sum(times) / len(times)) if times else '':>10}  {state}"
                  + ("  baseline" if id == experiment.baseline else ""))
   left = [run for run in runs if (o := outcomes[run.workdir]) is None or o.status == "failed"]
   flops = sum(figures[run.cell.id]["flops"] for run in left)
@@ -212,7 +221,7 @@ def tabulate(experiment, runs, outcomes, figures, cost) -> str:
             f"{len(left)} of them missing: {flops:.3g} FLOP"]
   if cost:
     money = "" if cost.price is None else f", {cost.chip_hours * cost.price:,.4g} at {cost.price:g} an hour"
-    lines += [f"time: {seconds(cost.total_s)}, {cost.chip_hours:.3g} {cost.unit}s{money} ({cost.source})"]
+    lines += [f"time: {duration(cost.total_s)}, {cost.chip_hours:.3g} {cost.unit}s{money} ({cost.source})"]
   return "\n".join(lines)
 
 
@@ -231,22 +240,6 @@ def conclude(experiment, folder, runs, outcomes: dict[pathlib.Path, Outcome | No
         f"    python -m experiments.report {folder}   # is the difference real?\n"
         f"    python -m experiments.query --runs={folder}   # the numbers")
   return 1 if failed else 0
-
-
-def short(number) -> str:
-  """20480 -> "20.5k"."""
-  for unit in ("", "k", "M", "G", "T"):
-    if number < 1000 or unit == "T":
-      return f"{number:.3g}{unit}"
-    number /= 1000
-
-
-def seconds(s: float) -> str:
-  """A duration: "41 s", "3.5 min", "2.1 h"."""
-  for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-    if s >= 2 * size:
-      return f"{s / size:.1f} {unit}"
-  return f"{s:.0f} s"
 
 
 if __name__ == "__main__":

@@ -310,3 +310,15 @@ def test_a_new_field_changes_no_cell_and_a_new_default_is_told(experiment, tmp_p
   fields = {**fresh.__dataclass_fields__}
   monkeypatch.setattr(fresh, "__dataclass_fields__", {k: v for k, v in fields.items() if k != "init_seed"})
   assert read_experiment(name)[0].cells[0].id == run.cell.id
+
+
+def test_what_a_flag_is_not_read_by_is_said(experiment, capsys, tmp_path):
+  name = experiment('"""Q?"""\nBASE = "configs/tiny.py"\nruns = lambda: [{}]')
+  for args, said in ((["--price_per_chip_hour=1"], "is of --chip, which is not given"),
+                     (["--on=ray", "--jobs=2"], "--jobs=2 is of this machine"), (["--n=4"], "is of --chip")):
+    with pytest.raises(SystemExit, match="2"):
+      sweep.main([name, f"--out={tmp_path}/out", *args])
+    assert said in capsys.readouterr().err
+  assert sweep.main([name, f"--out={tmp_path}/out", "--dry_run", "--chip=v5e"]) == 2
+  assert "--chip needs --n, as mesh.fsdp=-1 of cell 'base' takes what is there" in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()

@@ -103,7 +103,7 @@ def _describe_step(step, n):
     wire[axis] += size
   lines = [f"one step of one device: {_number(step.hardware_flops)}FLOP, {_number(step.hbm_bytes)}B of HBM"
            + "".join(f", {_number(size)}B over {axis}" for axis, size in wire.items() if size),
-           f"step time {_seconds(step.step_s)}: " + ", ".join(
+           f"step time {time_text(step.step_s)}: " + ", ".join(
              f"{term} {seconds / step.step_s:.0%}" for term, seconds in
              sorted(step.seconds.items(), key=lambda item: -item[1]) if seconds > 0.005 * step.step_s),
            f"{_number(step.tokens_per_s)}tokens/s, {_number(step.tokens_per_s / n)}tokens/s a device; "
@@ -117,8 +117,8 @@ def _describe_run(cfg, outlook, chip, n, price):
   cost = "" if price is None else f", {chip_hours * price:,.0f} at {price:g} a chip-hour"
   hosts = max(1, math.ceil(n / chip.per_chip / (chip.domain if chip.dims == 0 else CHIPS_PER_HOST)))
   size = outlook.memory.checkpoint
-  return (f"{cfg.steps:,} steps: {_seconds(hours * 3600)}, {chip_hours:,.0f} chip-hours{cost}\n"
-          f"checkpoint {size / GIB:,.2f} GiB, {_seconds(size / hosts / DISK_BANDWIDTH)} to write by {hosts} "
+  return (f"{cfg.steps:,} steps: {time_text(hours * 3600)}, {chip_hours:,.0f} chip-hours{cost}\n"
+          f"checkpoint {size / GIB:,.2f} GiB, {time_text(size / hosts / DISK_BANDWIDTH)} to write by {hosts} "
           f"host{'s' * (hosts > 1)} at {DISK_BANDWIDTH / 1e9:g} GB/s each (assumed)\n"
           f"decode: a row of {cfg.seq_len} tokens holds {outlook.memory.cache / GIB:.3f} GiB of keys, values")
 
@@ -129,7 +129,7 @@ def _describe_fixes(fixes, chip):
   lines = [f"What makes it fit, fastest first (HBM {chip.hbm_bytes / GIB:.2f} GiB):"]
   for i, fix in enumerate(fixes, 1):
     flags = " ".join(_flag(text) for text in fix.overrides)
-    size, seconds = fix.outlook.memory.peak / GIB, _seconds(fix.outlook.step.step_s)
+    size, seconds = fix.outlook.memory.peak / GIB, time_text(fix.outlook.step.step_s)
     lines.append(f"  {i}. {size:.2f} GiB, {seconds} a step: {flags}")
   return "\n".join(lines)
 
@@ -166,8 +166,8 @@ class Forecast:
       return f"expected: unknown, as {e}"
     self._outlook = Outlook(memory, step)
     return (f"expected of {self._n} x {self._kind} (modelled): {memory.peak / GIB:.2f} GiB a device at most, "
-            f"{_seconds(step.step_s)} a step, {_number(step.tokens_per_s)}tokens/s, MFU {step.mfu:.1%}, "
-            f"{_seconds(step.step_s * self._cfg.steps)} in all")
+            f"{time_text(step.step_s)} a step, {_number(step.tokens_per_s)}tokens/s, MFU {step.mfu:.1%}, "
+            f"{time_text(step.step_s * self._cfg.steps)} in all")
 
   def compare(self, lines: list[dict], compiled: float, measured: str) -> str:
     """
@@ -178,12 +178,12 @@ class Forecast:
     """
     times = sorted(line["step_ms"] for line in lines if "step_ms" in line)
     real = times[len(times) // 2] / 1e3 if times else math.nan
-    found = (f"measured: step {_seconds(real)}; memory {measured}, by the compiler {compiled / GIB:.2f} GiB "
+    found = (f"measured: step {time_text(real)}; memory {measured}, by the compiler {compiled / GIB:.2f} GiB "
              "a device")
     if self._outlook is None:
       return found
     memory, step = self._outlook
-    return (f"{found}; expected: step {_seconds(step.step_s)} (x {real / step.step_s:.2f}), memory "
+    return (f"{found}; expected: step {time_text(step.step_s)} (x {real / step.step_s:.2f}), memory "
             f"{memory.peak / GIB:.2f} GiB a device")
 
 
@@ -278,7 +278,8 @@ def _number(value):
   return f"{value:.3g} "
 
 
-def _seconds(s):
+def time_text(s) -> str:
+  """"3.5 min", "12.3 s", "41 ms"."""
   for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
     if s >= 2 * size:
       return f"{s / size:.1f} {unit}"

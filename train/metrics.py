@@ -228,7 +228,7 @@ class Progress:
     return "  ".join([
       f"step {self._step}/{self._steps}", f"loss {self._values['loss']:.4f}", f"{_short(tokens)} tokens/s",
       "mfu n/a" if mfu is None else f"mfu {mfu:.1%}", f"data wait {wait_ms / max(step_ms, 1e-9):.1%}",
-      f"left {_duration((self._steps - self._step) * step_ms / 1000)}"])
+      f"left {duration((self._steps - self._step) * step_ms / 1000)}"])
 
   def _means(self):
     """Of the recent steps: ms a step, ms of it waiting for data, tokens a second."""
@@ -282,7 +282,7 @@ def _short(number):
     number /= 1000
 
 
-def _duration(seconds):
+def duration(seconds):
   """3725 -> "1h02m"."""
   minutes, seconds = divmod(int(seconds), 60)
   hours, minutes = divmod(minutes, 60)

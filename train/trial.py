@@ -30,6 +30,7 @@ from data.pipeline import make_batches
 from data.prepare import prepare
 from train.checkpoint import Checkpointer
 from train.chips import find_chip
+from train.dry_run import time_text
 from train.evaluate import Evaluation
 from train.feed import Feed
 from train.host import Stopwatch, is_cpu_host, keep_memory, process_age, start_distributed
@@ -262,15 +263,10 @@ def describe(checks: list[Check], times: Times | None, cfg) -> str:
              if name not in {check.name for check in checks}]
   lines += [f"{'-':7}{name:11} not looked at, for what failed" for name in missing]
   if times:
-    total = _duration(estimate(cfg, times))
+    total = time_text(estimate(cfg, times))
     lines.append(f"the whole run: {total} by these steps: start {times.start:.3g} s, {cfg.steps:,} steps of "
                  f"{times.step:.3g} s, an evaluation {times.evaluation:.3g} s, a save {times.saving:.3g} s")
   return "\n".join(lines)
-
-
-def _duration(s):
-  return next((f"{s / size:.1f} {unit}" for size, unit in ((86400, "days"), (3600, "h"), (60, "min"))
-               if s >= 2 * size), f"{s:.3g} s")
 
 
 def main(argv=None) -> int:

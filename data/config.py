@@ -11,7 +11,8 @@ class SourceConfig:
   """One named stream of documents."""
   name: str = "text"  # What logs, weights and addresses call it.
   kind: str = "text"  # text | jsonl | parquet | tfds | array_record | synthetic.
-  # Globs, comma-separated, !GLOB excludes; {stdlib} is Python's library folder; for tfds a name or folder.
+  # Globs, comma-separated, !GLOB excludes; {stdlib} is Python's library folder, {site} that of what pip
+  # installed; for tfds a name or folder.
   path: str = ""
   text_key: str = "text"  # The field or column that holds the text (jsonl, parquet, tfds).
   split: str = "train"  # TFDS only.

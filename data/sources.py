@@ -77,17 +77,18 @@ def _kind(cfg):
 
 
 def find_files(cfg: SourceConfig) -> list[str]:
-  """The files that cfg.path names, sorted; {stdlib} stands for Python's own library, and !GLOB takes files
-  out again.
+  """The files that cfg.path names, sorted; {stdlib} stands for Python's own library, {site} for what pip
+  installed, and !GLOB takes files out again.
 
   Raises:
     ValueError: no file is found. A pattern without a match beside others that have some is a warning.
   """
-  stdlib = sysconfig.get_paths()["stdlib"]
   found, idle = set(), []
   for pattern in cfg.path.split(","):
     is_stdlib = "{stdlib}" in pattern
-    full = pattern.strip().removeprefix("!").replace("{stdlib}", glob.escape(stdlib))
+    full = pattern.strip().removeprefix("!")
+    for name, folder in _folders():
+      full = full.replace(name, glob.escape(folder))
     matches = {path for path in glob.glob(full, recursive=True) if os.path.isfile(path)}
     if pattern.strip().startswith("!"):
       found -= matches
@@ -106,8 +107,15 @@ def find_files(cfg: SourceConfig) -> list[str]:
 
 def _address(path: str) -> str:
   """A path as documents are addressed: the same on machines that keep Python elsewhere."""
-  stdlib = sysconfig.get_paths()["stdlib"]
-  return path.replace(stdlib, "{stdlib}", 1) if path.startswith(stdlib + os.sep) else path
+  for name, folder in _folders():
+    if path.startswith(folder + os.sep):
+      return path.replace(folder, name, 1)
+  return path
+
+
+def _folders():
+  paths = sysconfig.get_paths()
+  return ("{site}", paths["purelib"]), ("{stdlib}", paths["stdlib"])  # One may be in the other.
 
 
 def _part(path, start=0, stop=1, n_bytes=None) -> Part:

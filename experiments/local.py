@@ -43,6 +43,8 @@ def split_machine(jobs: int) -> list[Place]:
   gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else [
     str(i) for i in range(len(glob.glob("/proc/driver/nvidia/gpus/*")))]
   chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+  if os.environ.get("JAX_PLATFORMS") == "cpu":
+    gpus, chips = [], []
   if jobs == 1:
     return [Place(tuple(cores), {})]
   for what, found in (("core", len(cores)), ("GPU", len(gpus)), ("TPU chip", len(chips))):

@@ -157,6 +157,17 @@ def test_the_standard_library_is_found_without_installed_packages():
   assert not [key for key in keys if "site-packages" in key or not key.startswith("{stdlib}/")]
 
 
+def test_what_pip_installed_is_found_and_addressed_alike(monkeypatch, tmp_path):
+  for folder in (tmp_path / "lib", tmp_path / "lib/site-packages"):  # No venv: one in the other.
+    (folder / "jax/tests").mkdir(parents=True)
+    for name in ("jax/a.py", "jax/tests/b.py"):
+      (folder / name).write_text("x")
+  monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {
+    "stdlib": str(tmp_path / "lib"), "purelib": str(tmp_path / "lib/site-packages")})
+  found = sources.find_files(SourceConfig(path="{stdlib}/jax/*.py,{site}/jax/**/*.py,!{site}/**/test*/**"))
+  assert [sources._address(path) for path in found] == ["{stdlib}/jax/a.py", "{site}/jax/a.py"]
+
+
 def test_synthetic_text_is_pinned():
   found = documents(kind="synthetic", documents=25_000)
   assert found[1].key == "synthetic#1"

@@ -60,11 +60,11 @@ def test_each_cell_spends_its_budget(cells):
     assert 6 * n * tokens == pytest.approx(budget, rel=0.02)
     with_attention = flops_per_token(m, cfg.seq_len, n + m.padded_vocab_size * m.d_model) * tokens
     assert budget < with_attention < 1.2 * budget
-    assert tokens < 5.4e6 and cfg.data.sources[0].max_epochs == 1
+    assert 1.5e6 < tokens < 12.5e6 and cfg.data.sources[0].max_epochs == 1
 
 
 def test_parameters_that_multiply_are_all_but_norms_and_the_embedding(cells):
-  m = cells["s2,C=5.0e+10"][0].model
+  m = cells["s2,C=4.0e+11"][0].model
   leaves = jax.tree_util.tree_flatten_with_path(abstract_params(m, abstract_mesh(fsdp=1))[1])[0]
   matrices = sum(np.prod(leaf.shape) for path, leaf in leaves if "norm" not in str(path))
   assert scaling.matrix_parameters(m) == matrices - m.padded_vocab_size * m.d_model
@@ -87,7 +87,7 @@ def test_the_size_held_out_is_predicted(cells, tmp_path, capsys, monkeypatch):
   assert f"{held[0].loss:.4f}" in line and f"interval {low:.4f} to {high:.4f}" in line
   low, high = fit.interval(lambda law: law.exponent)
   assert low < TRUE.exponent < high
-  assert "held out, 1.63 times the largest size fitted and 2 times the largest budget" in said
+  assert "held out, 1.58 times the largest size fitted and 1 times the largest budget" in said
   assert (folder / "scaling.png").stat().st_size > 30_000
 
 

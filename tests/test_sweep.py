@@ -187,6 +187,7 @@ def test_told_to_stop_it_lets_the_runs_save_and_says_how_to_go_on(tmp_path):
 def test_jobs_share_no_core_and_there_are_no_more_than_cores(monkeypatch):
   monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6, 7, 8})
   monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  monkeypatch.setenv("JAX_PLATFORMS", "")
   monkeypatch.setattr(local.glob, "glob", lambda pattern: [])
   assert [place.cores for place in local.split_machine(3)] == [(0, 1), (2, 3), (6, 7, 8)]
   assert local.split_machine(1)[0].cores == (0, 1, 2, 3, 6, 7, 8)
@@ -199,6 +200,8 @@ def test_jobs_share_no_core_and_there_are_no_more_than_cores(monkeypatch):
   assert [p.env["TPU_VISIBLE_CHIPS"] for p in local.split_machine(2)] == ["0", "1"]
   with pytest.raises(ValueError, match="each run has a TPU chip of its own, and there are 2"):
     local.split_machine(3)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # Runs that use no chip need none each.
+  assert [place.env for place in local.split_machine(3)] == [{}, {}, {}]
 
 
 # What it costs.

@@ -42,6 +42,9 @@ setup(
     "gpu": ["jax[cuda12]"],
     "hub": ["gguf>=0.17", "huggingface_hub>=0.34"],  # Quantised GGUF files; models by name.
     "sweep": ["duckdb>=1.4", "optuna>=4.5"],  # experiments.query; a search instead of a grid.
+    "serve": [
+      "llguidance>=1.4",  # Structured output.
+    ],
     "ray": ["ray>=2.50"],  # python -m experiments.sweep --on=ray.
     "tensorboard": ["tensorboardX>=2.6"],
     "test": TEST,

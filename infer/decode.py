@@ -32,7 +32,7 @@ class State:
   pos_B: jax.Array  # Where the next token will stand.
   limit_B: jax.Array  # The first position that gets none.
   done_B: jax.Array
-  seen_BV: jax.Array  # The tokens of the prompt and of the text so far.
+  counts_BV: jax.Array  # Of the prompt's tokens and the text's, as `sample` reads them.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,7 +112,10 @@ class Generator:
                          f"max_tokens: {longest - len(prompt)}")
       if bad := [t for t in prompt if not 0 <= t < self.cfg.vocab_size]:
         raise ValueError(f"prompt {i}: token {bad[0]} is outside the vocabulary of {self.cfg.vocab_size}")
-      setting.validate()
+      setting.validate(self.cfg.vocab_size)
+      for name in ("logprobs", "prompt_logprobs", "stop_ids"):
+        if getattr(setting, name) not in (None, ()):
+          raise ValueError(f"prompt {i}: {name} is not served here")
     return self._generate(prompts, settings, cancelled)
 
   def _generate(self, prompts, settings, cancelled):
@@ -124,7 +127,8 @@ class Generator:
     state = self._prefill_batch(prompts, settings)
     B, S = state.done_B.shape[0], self._cache_length(prompts, settings)
     unused = [Sampling()] * (B - len(prompts))
-    settings_B = self._put(stack_settings([*settings, *unused]))
+    starts = [*map(len, prompts), *[0] * len(unused)]
+    settings_B = self._put(stack_settings([*settings, *unused], starts, self.stop_ids))
     live = dict(enumerate(range(first, first + len(prompts))))  # Row -> request.
 
     def call():
@@ -159,13 +163,13 @@ class Generator:
     longest = max(map(len, prompts))
     length_B, limit_B = np.zeros(B, np.int32), np.zeros(B, np.int32)  # Rows without a request are done.
     tokens_BT = np.zeros((B, longest + self.prefill_chunk), np.int32)
-    seen_BV = np.zeros((B, self.cfg.padded_vocab_size), bool)
+    counts_BV = np.zeros((B, self.cfg.padded_vocab_size), np.int32)
     for row, (prompt, setting) in enumerate(zip(prompts, settings)):
       length_B[row], limit_B[row] = len(prompt), len(prompt) + setting.max_tokens
       tokens_BT[row, :len(prompt)] = prompt
-      seen_BV[row, prompt] = True
+      counts_BV[row, prompt] = 1
     began, compiled = time.perf_counter(), self.stats.compile_s
-    state = self._call("start", (B, S), self._put(length_B), self._put(limit_B), self._put(seen_BV))
+    state = self._call("start", (B, S), self._put(length_B), self._put(limit_B), self._put(counts_BV))
     length_B, start = self._put(length_B), 0
     while start < longest:
       T = min(self.prefill_chunk, round_up(longest - start, MIN_CHUNK))
@@ -204,11 +208,11 @@ class Generator:
 FINISH = (None, "stop", "length")  # By the number that `decode` returns.
 
 
-def start(cfg, length: int, length_B, limit_B, seen_BV) -> State:
+def start(cfg, length: int, length_B, limit_B, counts_BV) -> State:
   """A batch of which nothing is read yet, with caches for `length` tokens."""
   B = length_B.shape[0]
   x_BD = jnp.zeros((B, cfg.d_model), jnp.dtype(cfg.compute_dtype), out_sharding=cfg.rules("batch", None))
-  return State(init_cache(cfg, B, length), x_BD, length_B, limit_B, length_B == 0, seen_BV)
+  return State(init_cache(cfg, B, length), x_BD, length_B, limit_B, length_B == 0, counts_BV)
 
 
 def prefill(graphdef, weights, tokens_BT, begin, length_B, state: State) -> State:
@@ -234,14 +238,14 @@ def decode(graphdef, stop_ids, n_steps, weights, settings: Settings, cancel_B, s
   model = nnx.merge(graphdef, params)
   rules = model.cfg.rules
   b, bv, nb = rules("batch"), rules("batch", None), rules(None, "batch")
-  draw = jax.shard_map(sample, in_specs=(bv, bv, b, b), out_specs=(b, b), check_vma=False)
-  mark = jax.shard_map(lambda seen_BV, token_B: seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True),
+  draw = jax.shard_map(draw_any, in_specs=(bv, bv, b, b), out_specs=(b, b), check_vma=False)
+  mark = jax.shard_map(lambda counts_BV, token_B: counts_BV.at[jnp.arange(token_B.shape[0]), token_B].add(2),
                        in_specs=(bv, b), out_specs=bv, check_vma=False)
 
   def step(carry):
     n, state, made = carry
     logits_BV = jax.sharding.reshard(model.logits(state.x_BD[:, None])[:, 0], bv)
-    token_B, logprob_B = draw(logits_BV, state.seen_BV, state.pos_B, settings)
+    token_B, logprob_B = draw(logits_BV, state.counts_BV, state.pos_B, settings)
     stop_B = functools.reduce(jnp.logical_or, [token_B == i for i in stop_ids], jnp.zeros_like(state.done_B))
     finish_B = jnp.where(stop_B, 1, jnp.where(state.pos_B + 1 >= state.limit_B, 2, 0))
     done_B = state.done_B | (finish_B > 0)
@@ -250,7 +254,7 @@ def decode(graphdef, stop_ids, n_steps, weights, settings: Settings, cancel_B, s
                  for all_NB, one_B in zip(made, out))
     x_B1D, caches = model.extend(token_B[:, None], state.pos_B[:, None], (~done_B)[:, None].astype(jnp.int32),
                                  state.caches, layers)
-    state = State(caches, x_B1D[:, 0], state.pos_B + 1, state.limit_B, done_B, mark(state.seen_BV, token_B))
+    state = State(caches, x_B1D[:, 0], state.pos_B + 1, state.limit_B, done_B, mark(state.counts_BV, token_B))
     return n + 1, state, made
 
   state = dataclasses.replace(state, done_B=state.done_B | cancel_B)
@@ -259,6 +263,14 @@ def decode(graphdef, stop_ids, n_steps, weights, settings: Settings, cancel_B, s
   unfinished = lambda carry: (carry[0] < n_steps) & ~jnp.all(carry[1].done_B)
   _, state, made = jax.lax.while_loop(unfinished, step, (0, state, made))
   return state, tuple(jax.sharding.reshard(a, jax.P(None, None)) for a in made)
+
+
+def draw_any(logits_BV, counts_BV, pos_B, settings):
+  """`sample` without a grammar -> (token_B, logprob_B)."""
+  B, V = logits_BV.shape
+  all_BW = jnp.full((B, -(-V // 32)), 0xFFFFFFFF, jnp.uint32)
+  drawn = sample(logits_BV, counts_BV, all_BW, pos_B, settings, n_top=0)
+  return drawn.token_B, drawn.logprob_B
 
 
 # Weights and shapes.

@@ -25,7 +25,7 @@ import sys
 from data.flags import nearest
 from infer.sampling import Sampling
 
-FIELDS = tuple(f.name for f in dataclasses.fields(Sampling))
+FIELDS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
 FILE_HELP = "one prompt a line; or .jsonl: {\"prompt\": ..., and any of " + ", ".join(FIELDS) + "}"
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from infer.decode import Generator, Stats, cast_params
-from infer.sampling import Sampling, sample, stack_settings
+from infer.decode import Generator, Stats, cast_params, draw_any
+from infer.sampling import Sampling, stack_settings
 from model.attention import ATTENTION
 from model.cache import init_cache
 from model.config import ModelConfig
@@ -180,10 +180,12 @@ def test_generated_tokens_are_drawn_from_the_forward_pass(cache):
   for i, (ids, logprobs, finish) in enumerate(made):
     logits_TV, row, prompt, setting = logits_BTV[i], rows[i], prompts[i], settings[i]
     pos_T = np.arange(len(prompt), len(row), dtype=np.int32)
-    seen_TV = np.zeros((len(ids), logits_TV.shape[-1]), bool)
-    for seen_V, pos in zip(seen_TV, pos_T):
-      seen_V[row[:pos]] = True
-    token_T, logprob_T = jax.jit(sample)(logits_TV[pos_T - 1], seen_TV, pos_T, stack_settings([setting] * 20))
+    counts_TV = np.zeros((len(ids), logits_TV.shape[-1]), np.int32)
+    for counts_V, pos in zip(counts_TV, pos_T):
+      counts_V[prompt] = 1
+      np.add.at(counts_V, row[len(prompt):pos], 2)
+    stacked = stack_settings([setting] * 20)
+    token_T, logprob_T = jax.jit(draw_any)(logits_TV[pos_T - 1], counts_TV, pos_T, stacked)
     np.testing.assert_array_equal(ids, token_T)
     np.testing.assert_allclose(logprobs, logprob_T, atol=1e-5)
     assert finish == [None] * 19 + ["length"]

@@ -64,7 +64,7 @@ def lower_decode(cfg, mesh, batch: int, context: int):
   weights = abstract_weights(model, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     state = jax.eval_shape(functools.partial(start, model, context), row("int32"), row("int32"),
-                           row("bool", model.padded_vocab_size))
+                           row("int32", model.padded_vocab_size))
   assert isinstance(state, State)
   with jax.set_mesh(mesh):
     step = jax.jit(functools.partial(decode, graphdef, (0,), STEPS_PER_CALL), donate_argnums=3)

@@ -1,7 +1,8 @@
 """Packaging: what `pip install -e .` installs, and the extras. Tool settings live in pyproject.toml."""
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "tensorboardX>=2.6"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "tensorboardX>=2.6",
+        "jsonschema>=4.20"]
 
 setup(
   name="assay-lm",

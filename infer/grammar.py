@@ -21,7 +21,7 @@ WHITE = r"[ \n\r\t]{1,32}"  # In JSON: a model that writes nothing else must com
 # At the first a grammar is compiled within half a second on a slow core, at the second a mask in about 10 ms.
 LIMITS = {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 100_000, "step_max_items": 50_000,
           "max_lexer_states": 50_000, "max_grammar_size": 100_000, "verbose_errors": False}
-CACHED = 256  # Compiled grammars that are kept.
+CACHED = 32  # Compiled grammars that are kept; the states of one may come to 15 MB.
 FIND_S = 0.3  # Looking for the place of a mistake in a schema.
 
 
@@ -74,13 +74,18 @@ class GrammarCompiler:
     with self._lock:
       if found := self._compiled.get((kind, text)):
         self._compiled.move_to_end((kind, text))
-        return Grammar(self, found.deep_copy())
+        return Grammar(self, found.deep_copy(), (kind, text))
     matcher = self._make(kind, text)
     with self._lock:
       self._compiled[kind, text] = matcher
       if len(self._compiled) > CACHED:
         self._compiled.popitem(last=False)
-    return Grammar(self, matcher.deep_copy())
+    return Grammar(self, matcher.deep_copy(), (kind, text))
+
+  def _forget(self, source):
+    """Copies share the states that a limit is about: the next text begins with none."""
+    with self._lock:
+      self._compiled.pop(source, None)
 
   def _make(self, kind, text):
     try:
@@ -143,8 +148,8 @@ class Grammar:
       token); None as long as all is well. Masks then allow the stop ids only.
   """
 
-  def __init__(self, compiler: GrammarCompiler, state: llguidance.LLMatcher):
-    self._compiler, self._state, self._mask_W = compiler, state, None
+  def __init__(self, compiler: GrammarCompiler, state: llguidance.LLMatcher, source=None):
+    self._compiler, self._state, self._source, self._mask_W = compiler, state, source, None
     self.error: str | None = None
 
   def mask(self) -> np.ndarray:
@@ -160,7 +165,10 @@ class Grammar:
         self.error = _what(self._state)
       elif not mask_W.any():
         self.error = "no token of the vocabulary can come next"
-      self._mask_W = mask_W if self.error is None else self._compiler._stops_W
+      self._mask_W = mask_W
+    if self.error is not None and self._mask_W is not self._compiler._stops_W:
+      self._mask_W = self._compiler._stops_W
+      self._compiler._forget(self._source)
     return self._mask_W
 
   def push(self, token: int) -> None:
@@ -189,7 +197,7 @@ class Grammar:
 
   def copy(self) -> "Grammar":
     """Another text with the same beginning."""
-    other = Grammar(self._compiler, self._state.deep_copy())
+    other = Grammar(self._compiler, self._state.deep_copy(), self._source)
     other.error = self.error
     return other
 

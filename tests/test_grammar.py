@@ -1,5 +1,6 @@
 """infer/grammar.py: whatever a model with random weights writes is what the schema, regex or grammar says."""
 import collections
+import concurrent.futures
 import datetime
 import ipaddress
 import json
@@ -221,6 +222,25 @@ def test_white_space_comes_to_an_end(compiler):
     grammar.push(space)
 
 
+def test_the_librarys_own_settings_are_not_the_clients(compiler):
+  """They could make the text no JSON."""
+  schema = closed(a=INTEGER, b=INTEGER)
+  text, _ = write(compiler, compiler.compile("json_schema", json.dumps(schema | {
+      "x-guidance": {"item_separator": "#", "key_separator": "#", "lenient": True}})), np.random.default_rng(6))
+  check_schema(schema, text)
+
+
+def test_threads_may_share_a_compiler(compiler):
+  """The server compiles while the engine asks for masks."""
+  def work(seed):
+    rng = np.random.default_rng(seed)
+    for schema in SCHEMAS[20:36]:
+      check_schema(schema, write(compiler, compiler.compile("json_schema", json.dumps(schema)), rng)[0])
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(work, range(4)))
+
+
 # What is legal, and how likely it stays.
 
 def test_the_mask_is_all_that_may_follow(compiler):
@@ -379,6 +399,21 @@ def test_what_is_costly_is_cut_short(compiler, pattern):
       assert "\n" not in grammar.error and grammar.copy().error == grammar.error
       break
     grammar.push(one)
+
+
+def test_a_limit_that_one_text_met_is_not_the_next_ones(compiler):
+  """Copies share the library's states."""
+  one = [compiler.tokenizer.token_bytes.index(c) for c in (b"a", b"b")]
+  rng, lengths = np.random.default_rng(0), []
+  for _ in range(3):
+    grammar, n = compiler.compile("regex", ".*a.{15}b"), 0
+    while grammar.error is None and n < 5000:
+      grammar.mask()
+      grammar.push(one[rng.integers(2)]) if grammar.error is None else None
+      n += 1
+    assert "too many states" in grammar.error
+    lengths.append(n)
+  assert min(lengths) > 50
 
 
 def test_a_grammar_is_compiled_once(compiler):

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.sampling import Sampling, adjust, draw_from, filter_logits, measure, penalise, stack_settings
+from infer.sampling import (
+    Sampling,
+    _settings_row,
+    adjust,
+    draw_from,
+    filter_logits,
+    measure,
+    penalise,
+    stack_settings,
+)
 from infer.sampling import sample as sample_eagerly
 
 V = 64
@@ -367,14 +376,14 @@ def test_the_mask_comes_before_the_filters():
 
 def test_no_stop_id_before_min_tokens():
   """Prompts of 10: the engine's stop id 3 and the request's 2 only from position 10 + min_tokens on."""
-  logits_V = np.array([0.0, 1.0, 9.0, 10.0] + [-5.0] * (V - 4), np.float32)
+  logits_V = np.array([0.0, 1.0, 9.0, 10.0] + [-5.0] * (V - 5) + [2.0], np.float32)
   requests = [Sampling(temperature=0.0, min_tokens=n, stop_ids=ids) for n, ids in (
       (0, ()), (2, ()), (2, (2,)), (2, (2,)), (2, (2,)), (3, (2, 63)))]
   pos_B = np.array([10, 10, 10, 11, 12, 12], np.int32)
   settings = stack_settings(requests, [10] * 6, stop_ids=(3,))
   run = lambda mask_BW: sample_jit(np.stack([logits_V] * 6), np.zeros((6, V), np.int32), mask_BW, pos_B,
                                    settings, n_top=0).token_B.tolist()
-  assert run(all_of((6, V))) == [3, 2, 1, 1, 3, 1]
+  assert run(all_of((6, V))) == [3, 2, 63, 63, 3, 1]
   mask_BW = all_of((6, V))
   mask_BW[:] = [[0b1100, 0]]  # A grammar at its end allows nothing else: then it ends.
   assert run(mask_BW) == [3, 2, 3, 3, 3, 3]
@@ -436,8 +445,7 @@ def test_draws_follow_the_softmax_across_blocks():
 
 
 def test_rows_of_settings_are_made_once():
-  """As the engine stacks them every step: a hundred thousand times a minute must not count."""
-  from infer.sampling import _settings_row
+  """The engine stacks them every step."""
   s = Sampling(logit_bias=tuple((i, 1.0) for i in range(300)))
   assert _settings_row(s, (1,)) is _settings_row(dataclasses.replace(s), (1,))
   stacked = stack_settings([s, Sampling(seed=2**32 - 1, top_k=10**12)], [5, 6])

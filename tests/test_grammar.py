@@ -132,7 +132,7 @@ def allowed(grammar):
 def write(compiler, grammar, rng, most=1500):
   """What random logits make of it: its text, and the seconds of each mask. Longer ones grow eager to end."""
   tokenizer, ids, seconds = compiler.tokenizer, [], []
-  ending_V = np.array([4.0 * any(c in raw for c in b'"]},') for raw in tokenizer.token_bytes] + [0.0] * 45)
+  ending_V = np.array([4.0 * any(c in raw for c in b'"]},@') for raw in tokenizer.token_bytes] + [0.0] * 45)
   for n in range(most):
     began = time.perf_counter()
     may = allowed(grammar)
@@ -225,8 +225,9 @@ def test_white_space_comes_to_an_end(compiler):
 def test_the_librarys_own_settings_are_not_the_clients(compiler):
   """They could make the text no JSON."""
   schema = closed(a=INTEGER, b=INTEGER)
-  text, _ = write(compiler, compiler.compile("json_schema", json.dumps(schema | {
-      "x-guidance": {"item_separator": "#", "key_separator": "#", "lenient": True}})), np.random.default_rng(6))
+  settings = {"x-guidance": {"item_separator": "#", "key_separator": "#", "lenient": True}}
+  grammar = compiler.compile("json_schema", json.dumps(schema | settings))
+  text, _ = write(compiler, grammar, np.random.default_rng(6))
   check_schema(schema, text)
 
 

@@ -210,10 +210,12 @@ def to_words(ids, vocab_size: int) -> np.ndarray:
 
 
 class _Vocabulary:
-  """What llguidance asks of a tokenizer. Special tokens have no bytes, so that no text is made of them."""
+  """What llguidance asks of a tokenizer. Special tokens and stop ids have no bytes: they are no text."""
 
   def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids):
     self.tokens = (tokenizer.token_bytes + [b""] * (vocab_size - tokenizer.vocab_size))[:vocab_size]
+    for i in stop_ids:
+      self.tokens[i] = b""
     self.eos_token_id, self.bos_token_id, self.special_token_ids = stop_ids[0], None, []
     self._encode, self.greedy = tokenizer.encode_inner, None
 

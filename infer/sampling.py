@@ -118,7 +118,7 @@ _ROW = np.dtype([
 
 
 @functools.lru_cache(maxsize=4096)
-def _settings_row(s: Sampling, stop_ids: tuple[int, ...]) -> np.ndarray:
+def _settings_row(s: Sampling, stop_ids: tuple[int, ...]) -> bytes:
   if len(stop_ids) > MOST_STOP_IDS:
     raise ValueError(f"stop_ids={stop_ids} must be at most {MOST_STOP_IDS}")
   off = lambda value, instead: instead if value is None else value
@@ -132,7 +132,7 @@ def _settings_row(s: Sampling, stop_ids: tuple[int, ...]) -> np.ndarray:
   row["bias_id_BI"], row["bias_BI"] = pad(ids, MOST_BIAS, -1), pad(values, MOST_BIAS, 0)
   row["stop_id_BS"] = pad((*stop_ids, *s.stop_ids), 2 * MOST_STOP_IDS, -1)
   row["min_pos_B"], row["n_top_B"], row["seed_B"] = s.min_tokens, off(s.logprobs, 0), s.seed
-  return row
+  return row.tobytes()
 
 
 def stack_settings(settings: list[Sampling], starts=0, stop_ids: tuple[int, ...] = ()) -> Settings:
@@ -142,7 +142,8 @@ def stack_settings(settings: list[Sampling], starts=0, stop_ids: tuple[int, ...]
     starts: the lengths of the prompts, which min_tokens counts from.
     stop_ids: of every request beside its own; at most MOST_STOP_IDS.
   """
-  rows_B = np.stack([_settings_row(s, tuple(stop_ids)) for s in settings])
+  stop_ids = tuple(stop_ids)
+  rows_B = np.frombuffer(b"".join([_settings_row(s, stop_ids) for s in settings]), _ROW)
   arrays = {name: np.ascontiguousarray(rows_B[name]) for name in _ROW.names}
   min_tokens_B = arrays["min_pos_B"]
   arrays["min_pos_B"] = np.where(min_tokens_B > 0, min_tokens_B + np.asarray(starts, np.int32), 0)

@@ -331,6 +331,11 @@ def test_several_stop_ids_and_a_padded_vocabulary(tmp_path):
   assert grammar.mask().shape == (10,)
   grammar.push(tokenizer.token_bytes.index(b"a"))
   assert set(allowed(grammar)) == {tokenizer.eos_id, end}
+  a, b = map(tokenizer.token_bytes.index, (b"a", b"b"))
+  grammar = GrammarCompiler(tokenizer, 320, [a]).compile("regex", "[ab]+")
+  assert allowed(grammar).tolist() == [b]  # A stop id that is a text elsewhere is none here.
+  grammar.push(b)
+  assert allowed(grammar).tolist() == sorted([a, b])
   np.testing.assert_array_equal(to_words([0, 31, 33], 70), np.array([2**31 + 1, 2, 0], np.uint32))
   for ids in ([], [320], [-1]):
     with pytest.raises(ValueError, match="stop_ids="):

@@ -20,7 +20,7 @@ from infer.sampling import Sampling, sample, stack_settings
 from tests.test_chat import byte_level
 
 pytest.importorskip("llguidance", reason="extra [serve]")
-from infer.grammar import MAX_BYTES, GrammarCompiler, to_words  # noqa: E402
+from infer.grammar import LIMITS, MAX_BYTES, GrammarCompiler, to_words  # noqa: E402
 
 ARRAY, OBJECT, STRING, INTEGER = ({"type": kind} for kind in ("array", "object", "string", "integer"))
 CLOSED = {"type": "object", "additionalProperties": False}
@@ -121,6 +121,13 @@ def compiler(request, tmp_path_factory):
   made = GrammarCompiler(tokenizer, tokenizer.vocab_size + 45, [tokenizer.eos_id])
   made.tokenizer = tokenizer
   return made
+
+
+def letter(compiler, grammar, c: bytes):
+  """The token of a letter that may come next; a vocabulary may hold it twice."""
+  found = [i for i in allowed(grammar) if compiler.tokenizer.token_bytes[i] == c]
+  assert found
+  return int(found[0])
 
 
 def allowed(grammar):
@@ -311,13 +318,12 @@ def test_ends_are_where_the_text_may_end(compiler):
   assert not grammar.may_end and not grammar.done and eos not in allowed(grammar)
   with pytest.raises(ValueError, match="may not come next"):
     grammar.push(eos)
-  one = {c: compiler.tokenizer.token_bytes.index(c.encode()) for c in "ab"}
-  grammar.push(one["a"])
-  other = grammar.copy()
-  assert grammar.may_end and not grammar.done and {eos, one["b"]} <= set(allowed(grammar))
-  grammar.push(one["b"])
+  grammar.push(letter(compiler, grammar, b"a"))
+  other, b = grammar.copy(), letter(compiler, grammar, b"b")
+  assert grammar.may_end and not grammar.done and eos in allowed(grammar)
+  grammar.push(b)
   assert grammar.may_end and grammar.done and allowed(grammar).tolist() == [eos]
-  assert not other.done and one["b"] in allowed(other)  # What was done to one is not done to its copy.
+  assert not other.done and b in allowed(other)  # What was done to one is not done to its copy.
   grammar.push(eos)
   assert grammar.done and grammar.error is None and allowed(grammar).tolist() == [eos]
   assert compiler.compile("regex", "").done
@@ -373,13 +379,15 @@ BAD = [
   ("lark", "start: foo", "unknown name: \"foo\""), ("lark", "start: " + "(" * 2000, "nested"),
   ("lark", "%import /etc/passwd\nstart: INT", "Expected name"),
   ("lark", 'start: <|im_start|> "a"', "special token"),
-  ("lark", "start: <[300]>", "no token of the vocabulary"),
+  ("lark", "start: <[{special}]>", "no token of the vocabulary"),
   ("xml", "", "'xml' is unknown; known: json_schema"),
 ]
 
 
 @pytest.mark.parametrize("kind, text, words", BAD, ids=range(len(BAD)))
 def test_mistakes_are_named_within_a_second(compiler, kind, text, words):
+  special = min(s.id for s in compiler.tokenizer.specials.values() if s.id != compiler.tokenizer.eos_id)
+  text = text.replace("{special}", str(special))
   began = time.process_time()
   with pytest.raises(ValueError, match=words) as info:
     compiler.compile(kind, text)
@@ -392,7 +400,6 @@ def test_mistakes_are_named_within_a_second(compiler, kind, text, words):
                                      "(.*a.{12}b)|(.*c.{14}d)"])
 def test_what_is_costly_is_cut_short(compiler, pattern):
   """Each step within 0.3 s of a processor, whatever the pattern; where a limit is met the text must end."""
-  one = compiler.tokenizer.token_bytes.index(b"a")
   began = time.process_time()
   grammar = compiler.compile("regex", pattern)
   assert time.process_time() - began < 1
@@ -404,22 +411,24 @@ def test_what_is_costly_is_cut_short(compiler, pattern):
       assert may.tolist() == [compiler.tokenizer.eos_id] and grammar.done and not grammar.may_end
       assert "\n" not in grammar.error and grammar.copy().error == grammar.error
       break
-    grammar.push(one)
+    grammar.push(letter(compiler, grammar, b"a"))
 
 
-def test_a_limit_that_one_text_met_is_not_the_next_ones(compiler):
+def test_a_limit_that_one_text_met_is_not_the_next_ones(compiler, monkeypatch):
   """Copies share the library's states."""
-  one = [compiler.tokenizer.token_bytes.index(c) for c in (b"a", b"b")]
-  rng, lengths = np.random.default_rng(0), []
+  monkeypatch.setitem(LIMITS, "max_lexer_states", 2000)
+  tokenizer, rng, lengths = compiler.tokenizer, np.random.default_rng(0), []
+  limited = GrammarCompiler(tokenizer, compiler.vocab_size, [tokenizer.eos_id])
   for _ in range(3):
-    grammar, n = compiler.compile("regex", ".*a.{15}b"), 0
-    while grammar.error is None and n < 5000:
+    grammar, n = limited.compile("regex", ".*a.{15}b"), 0
+    while n < 5000 and grammar.error is None:
+      grammar.push(letter(compiler, grammar, (b"a", b"b")[rng.integers(2)]))
       grammar.mask()
-      grammar.push(one[rng.integers(2)]) if grammar.error is None else None
       n += 1
-    assert "too many states" in grammar.error
+    assert "too many states" in grammar.error and grammar.done and not grammar.may_end
+    assert allowed(grammar).tolist() == [tokenizer.eos_id]
     lengths.append(n)
-  assert min(lengths) > 50
+  assert min(lengths) > 5 and max(lengths) < 2 * min(lengths)
 
 
 def test_a_grammar_is_compiled_once(compiler):

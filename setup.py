@@ -11,7 +11,7 @@ setup(
                "proven at each step."),
   python_requires=">=3.11,<3.14",
   packages=find_packages(include=["model*", "data*", "infer*", "train*", "configs*", "experiments*"]),
-  package_data={"experiments": ["page.css", "page.js"]},
+  package_data={"experiments": ["page.css", "page.js"], "infer": ["page.html"]},
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12.8",
@@ -44,6 +44,7 @@ setup(
     "hub": ["gguf>=0.17", "huggingface_hub>=0.34"],  # Quantised GGUF files; models by name.
     "sweep": ["duckdb>=1.4", "optuna>=4.5"],  # experiments.query; a search instead of a grid.
     "serve": [
+      "starlette>=0.46", "uvicorn>=0.35", "prometheus-client>=0.22",  # python -m infer.server.
       "llguidance>=1.4",  # Structured output.
     ],
     "ray": ["ray>=2.50"],  # python -m experiments.sweep --on=ray.

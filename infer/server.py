@@ -1,0 +1,167 @@
+"""Serves a model by the OpenAI API, with a chat page at /.
+
+  python -m infer.server --model=smollm2                      an imported model, at http://127.0.0.1:8000
+  python -m infer.server --run='runs/quickstart-*'            the newest finished run: it continues texts
+  python -m infer.server --model=smollm2 --port=9000 --slots=32 --max_waiting=256
+  python -m infer.server --model=smollm2 --host=0.0.0.0 --api_key_file=key.txt
+
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 40, "seed": 1}'
+
+/health says whether requests are taken, /metrics is for Prometheus, /openapi.json describes every parameter;
+each is served or refused by name. Only this machine is answered unless --host says otherwise, and then a key
+is needed. SIGTERM: what runs is finished, no more is taken, exit code 0; a second one ends at once. An engine
+that dies or stands still ends the server with exit code 1.
+"""
+import argparse
+import dataclasses
+import importlib
+import math
+import sys
+import time
+
+from data.flags import nearest
+from infer.listen import Options, bind, read_key
+
+# Flag -> (type, default, least, help).
+NUMBERS = {
+  "slots": (int, 16, 1, "texts made at a time"),
+  "max_length": (int, None, 2, "most tokens of a prompt and its text (the model's)"),
+  "pages": (int, None, 2, "of the cache (so many that every slot can be filled)"),
+  "page_size": (int, 16, 1, "tokens a page"),
+  "prefill_chunk": (int, 256, 1, "tokens of a prompt read at once"),
+  "tensor": (int, 1, 1, "devices that share each layer"),
+  "max_waiting": (int, 64, 0, "texts beyond the slots before 429 is answered"),
+  "deadline_s": (float, 600.0, 0.001, "seconds that a text may take"),
+  "stuck_s": (float, 60.0, 1.0, "seconds without a step before the engine is taken for dead"),
+  "drain_s": (float, 30.0, 0.0, "seconds that texts get to end after SIGTERM"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = make_parser()
+  try:
+    args = _parse(parser, argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if f.name != "key"}
+    options = Options(key=read_key(args.host, args.api_key_file), **given)
+    listener = bind(args.host, args.port)  # Before the minutes that a large model takes to load.
+    for name in ("llguidance", "prometheus_client", "starlette", "uvicorn"):
+      importlib.import_module(name)
+  except ValueError as e:
+    print(f"{parser.prog}: error: {e}", file=sys.stderr)
+    return 2
+  except ImportError as e:
+    print(f"{parser.prog}: error: {e}; pip install -e '.[serve]'", file=sys.stderr)
+    return 2
+  from jax.errors import JaxRuntimeError  # JAX and its devices, after the cheap mistakes.
+
+  from infer.serving import HttpServer
+  from model.hub.orbax import CheckpointError
+  try:
+    served, engine = _load(args)
+  except ValueError as e:
+    print(f"{parser.prog}: error: {e}", file=sys.stderr)
+    return 2
+  except (OSError, CheckpointError, JaxRuntimeError) as e:  # Disk, checkpoint, device.
+    print(f"{parser.prog}: failed: {type(e).__name__}: {e}", file=sys.stderr)
+    return 1
+  server = HttpServer(served, engine, options, listener)
+  host = f"[{args.host}]" if ":" in args.host else args.host
+  print(f"{served.name} is served at http://{host}:{server.port}", file=sys.stderr, flush=True)
+  return server.run_until_end()
+
+
+def make_parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser("python -m infer.server", description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  add = parser.add_argument_group("what").add_argument
+  add("--run", metavar="DIR",
+      help="the run's folder (its --workdir), or the newest finished of DIR-*, or of a pattern")
+  add("--model", metavar="DIR", help="instead: an imported model's folder")
+  add("--name", metavar="NAME", help="the model's, to clients (its folder's)")
+  add("--weights", choices=("params", "ema"), help="(ema if the run keeps it)")
+  add("--step", type=int, metavar="N", help="of this checkpoint (the newest good one)")
+  add("--compute_dtype", choices=("float32", "bfloat16"), help="(the run's; float32 is faster on CPUs)")
+  add = parser.add_argument_group("to whom").add_argument
+  add("--host", default="127.0.0.1", metavar="ADDRESS",
+      help="to listen at; other machines are only answered with a key (%(default)s)")
+  add("--port", type=int, default=8000, metavar="N", help="0 is a free one (%(default)s)")
+  add("--api_key_file", metavar="FILE",
+      help="its one line is the key that clients must show; or set ASSAY_API_KEY")
+  add = parser.add_argument_group("how much").add_argument
+  for name, (kind, default, _, text) in NUMBERS.items():
+    add(f"--{name}", type=kind, default=default, metavar="N" if kind is int else "X",
+        help=text if default is None else f"{text} (%(default)s)")
+  return parser
+
+
+def _parse(parser, argv):
+  args, unknown = parser.parse_known_args(argv)
+  if unknown:
+    near = nearest(unknown[0].partition("=")[0], parser._option_string_actions)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help"
+    raise ValueError(f"unknown argument {unknown[0]}{hint}")
+  if (args.run is None) == (args.model is None):
+    raise ValueError("give --run=DIR (a run of ours) or --model=DIR (an imported model)"
+                     + (", not both" if args.run else ""))
+  for name, (_, _, least, _) in NUMBERS.items():
+    value = getattr(args, name)
+    if value is not None and not least <= value < float("inf"):
+      raise ValueError(f"--{name}={value} must be at least {least}")
+  if not 0 <= args.port < 65536:
+    raise ValueError(f"--port={args.port} must be in 0 .. 65535")
+  return args
+
+
+def _load(args):
+  """(what is served, its engine, warmed up).
+
+  Raises:
+    ValueError: a mistake in the flags, or a folder that is not what they say.
+  """
+  from infer.generate import find_run
+  from infer.load import find_ends, load_params, open_chat, open_run
+  run = open_run(find_run(args.run)) if args.run else open_run(args.model, "--model")
+  chat = open_chat(run) if args.model else None
+  stop_ids = find_ends(run, chat) if args.model else (run.tokenizer.eos_id,)
+  import jax
+
+  from infer.app import Served
+  from infer.compile_cache import CompileCache
+  from infer.decode import decode_config
+  from infer.engine import Engine, Request
+  from infer.grammar import GrammarCompiler
+  from infer.sampling import Sampling
+  from model.sharding import make_mesh
+  CompileCache()
+  mesh = make_mesh(data=-1, tensor=args.tensor)
+  cfg = dataclasses.replace(run.model, compute_dtype=args.compute_dtype or run.model.compute_dtype)
+  cfg = decode_config(cfg, mesh)
+  params, step, weights, rejected = load_params(run, cfg, mesh, weights=args.weights, step=args.step)
+  for bad, reason in rejected:
+    print(f"checkpoint {bad} is damaged and passed over: {reason}", file=sys.stderr)
+  n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+  print(f"{run.path} at step {step}: {weights}, {n_params / 1e6:.1f}M parameters, computing in "
+        f"{cfg.compute_dtype} on {mesh.size} {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
+  engine = Engine(cfg, params, mesh, stop_ids=stop_ids, slots=args.slots, page_size=args.page_size,
+                  n_pages=args.pages, max_length=args.max_length, prefill_chunk=args.prefill_chunk)
+  began = time.perf_counter()
+  engine.warm_up()
+  seconds = time.perf_counter() - began
+  print(f"{engine.counters['compiles']:.0f} programs compiled or loaded in {seconds:.1f} s", file=sys.stderr,
+        flush=True)
+
+  def make_request(prompt, settings, grammar, user):
+    return Request(prompt=prompt, sampling=Sampling(**settings), grammar=grammar, user=user)
+
+  room = engine.gauges()["pages_total"] // engine.n_ways * args.page_size  # Of one text, if it had all pages.
+  served = Served(
+    name=args.name or run.path.resolve().name, tokenizer=run.tokenizer, make_request=make_request,
+    max_length=min(engine.max_length, int(room)), chat=chat,
+    begins_with_bos=args.run is not None or run.tokenizer.add_bos,
+    grammars=GrammarCompiler(run.tokenizer, cfg.padded_vocab_size, stop_ids))
+  return served, engine
+
+
+if __name__ == "__main__":
+  sys.exit(main())

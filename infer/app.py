@@ -189,8 +189,10 @@ class Api:
     return Answer(ask, self._served, prompts, requests, opening, self._worker, self._metrics)
 
   def _prepare(self, ask: Ask):
-    """([ids of each prompt], [the engine's request for each text], what a forced call begins with); not on the
-    loop's thread."""
+    """([ids of each prompt], [the engine's request for each text], what a forced call begins with).
+
+    It takes its time: not on the loop's thread.
+    """
     served = self._served
     has_calls = any("tool_calls" in m or m["role"] == "tool" for m in ask.messages)
     if (ask.tools or has_calls) and not served.tools:

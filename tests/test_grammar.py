@@ -357,6 +357,8 @@ BAD = [
    r"(?s)at #/properties/a/properties/b: regex parse error.*unclosed group"),
   ("json_schema", json.dumps({"$defs": {"z": {"not": INTEGER}}, **closed(p={"$ref": "#/$defs/z"})}),
    r"at #/\$defs/z: Unimplemented keys: \[\"not\"\]"),
+  ("json_schema", json.dumps({"$defs": {"z": INTEGER}, **closed(
+    p={"anyOf": [{"$ref": "#/$defs/z"}, {"not": {}}]})}), r"at #/properties/p/anyOf/1: Unimplemented keys"),
   ("json_schema", json.dumps({**ARRAY, "items": {"anyOf": [INTEGER, {"$ref": "#/nope"}]}}),
    "at #/items/anyOf/1: Pointer '/nope' does not exist"),
   ("json_schema", '{"$ref": "file:///etc/passwd"}', "at #: .*fetch|at #: .*retriev"),

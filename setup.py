@@ -45,7 +45,7 @@ setup(
     "sweep": ["duckdb>=1.4", "optuna>=4.5"],  # experiments.query; a search instead of a grid.
     "serve": [
       "starlette>=0.46", "uvicorn>=0.35", "prometheus-client>=0.22",  # python -m infer.server.
-      "llguidance>=1.4",  # Structured output.
+      "llguidance>=1.8",  # Structured output. 1.7 does not bound white space.
     ],
     "ray": ["ray>=2.50"],  # python -m experiments.sweep --on=ray.
     "tensorboard": ["tensorboardX>=2.6"],

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from model.cache import PagedCache
 from model.context import CONTEXT
 from model.kernels.attention import KERNEL, UNALIGNED, Mask
 from model.layers import NORM, bias, lift, linear, read, weight
@@ -30,6 +31,9 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None, 
   own_heads = lambda x, n: _own_heads(cfg, x, n) if kv_heads == "kv_heads" else x
 
   def local(q_btnh, k_btkh, v_btkh, pos_bt, segment_bt, cache):
+    if isinstance(cache, PagedCache):
+      return cache.attend(q_btnh, k_btkh, v_btkh, own_heads=lambda x: own_heads(x, q_btnh.shape[2]),
+                          latent=cfg.kv_lora_rank if v_btkh is None else None, window=window, **settings)
     if cache is not None:
       cache, k_bskh, v_bskh, pos_bs, segment_bs = cache.update(k_btkh, v_btkh, pos_bt, segment_bt)
       mask = Mask(pos_bt, segment_bt, pos_bs, segment_bs, window, aligned=False)

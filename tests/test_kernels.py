@@ -13,12 +13,15 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 
 from configs.tiny import get_config
+from infer.decode import decode_config
+from infer.step import empty_inputs, empty_state, run_step
 from model.config import ModelConfig
 from model.kernels.attention import KERNEL, Mask
 from model.kernels.grouped import GROUPED
-from model.kernels.paged import paged
+from model.kernels.paged import Where, paged
 from model.kernels.platform import choose
-from model.sharding import MESH_AXES, abstract_mesh, fit, make_mesh, on_devices
+from model.sharding import MESH_AXES, abstract_mesh, fit, make_mesh, on_devices, place
+from model.transformer import abstract_params, unstack
 from tests.tiny import MOE, abstract_batch, model_config, packed_batch, trace_step
 from train.step import abstract_state, make_train_step
 
@@ -84,35 +87,44 @@ def test_grouped_products_are_a_loop_over_groups(name):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def paged_inputs(n=4, k=2, h=16, *, page=4, dtype=np.float32):
-  """Three sequences, one of them decoding, in pages of which nothing else is a number; and two tokens and a
-  sequence that are not there."""
+def paged_inputs(n=4, k=2, h=16, *, page=4):
+  """Three sequences that feed one token each, one without a request, and a chunk of three tokens and two of
+  padding, in pages of which nothing else is a number."""
   rng = np.random.default_rng(0)
-  kv = np.full((12, page, 2 * k, h), np.nan, np.float32)
-  lengths, queries, pages = [9, 5, 12], [3, 1, 4], np.zeros((4, 3), np.int32)
-  free = iter(rng.permutation(12))
+  kv = np.full((14, page, 2 * k, h), np.nan, np.float32)
+  lengths, pages = [9, 5, 12, 0, 11], np.zeros((5, 3), np.int32)
+  free = iter(1 + rng.permutation(13))
+  kv[0] = 1.0
   for row, length in enumerate(lengths):
     for i in range(-(-length // page)):
       pages[row, i] = at = next(free)
       kv[at, :length - i * page] = rng.normal(size=kv[at, :length - i * page].shape)
-  start = np.cumsum([0, *queries, 0]).astype(np.int32)
-  q = rng.normal(size=(start[-1] + 2, n, h)).astype(np.float32)
-  return (jnp.asarray(q, dtype), jnp.asarray(kv, dtype), np.array([*lengths, 0], np.int32), pages, start,
-          np.int32(3))
+  where = Where(np.array([8, 4, 11, 0, 8, 9, 10, 11, 12], np.int32), pages, np.int32(3))
+  return rng.normal(size=(9, n, h)).astype(np.float32), jnp.asarray(kv), where, lengths
 
 
 @pytest.mark.parametrize("window, cap", [(None, None), (4, 2.0)])
 def test_paged_is_plain_attention_to_each_sequence(window, cap):
-  q, kv, lengths, pages, start, n = inputs = paged_inputs()
-  got = jax.jit(functools.partial(paged, window=window, scale=0.25, cap=cap))(*inputs)
-  for row in range(n):
-    mine, length = slice(start[row], start[row + 1]), lengths[row]
-    keys, values = (kv[pages[row]].reshape(-1, *kv.shape[2:])[None, :length, i::2] for i in (0, 1))
-    pos, ones = np.arange(length)[None], np.ones((1, length), np.int32)
-    mine_of = lambda a: a[:, length - (start[row + 1] - start[row]):]
-    mask = Mask(mine_of(pos), mine_of(ones), pos, ones, window, aligned=False)
-    want = KERNEL["plain"](q[None, mine], keys, values, mask, scale=0.25, cap=cap)[0]
-    np.testing.assert_allclose(got[mine], want, atol=1e-5)
+  q, kv, where, lengths = paged_inputs()
+
+  def run(q, kv, where):
+    def read(page_Bn):
+      pages = kv[page_Bn].reshape(len(page_Bn), -1, *kv.shape[2:])
+      return pages[:, :, 0::2], pages[:, :, 1::2]
+
+    return paged(q, read, where, window=window, scale=0.25, cap=cap)
+
+  got = jax.jit(run)(q, kv, where)
+  assert np.isfinite(got).all()
+  for token, (row, pos) in enumerate(zip([0, 1, 2, 3, 4, 4, 4], where.pos_T)):
+    length = lengths[row]
+    if not length:
+      continue
+    keys, values = (kv[where.page_ML[row]].reshape(-1, *kv.shape[2:])[None, :length, i::2] for i in (0, 1))
+    all_pos, one = np.arange(length)[None], np.ones((1, 1), np.int32)
+    mask = Mask(np.array([[pos]]), one, all_pos, np.ones_like(all_pos), window, aligned=False)
+    want = KERNEL["plain"](q[None, token:token + 1], keys, values, mask, scale=0.25, cap=cap)[0, 0]
+    np.testing.assert_allclose(got[token], want, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes, seq, tpu, others", [
@@ -190,16 +202,17 @@ def test_our_step_compiles_with_the_kernels(name, monkeypatch):
 @pod
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_paged_attention_compiles(name, monkeypatch):
-  """Heads over four devices, as decode splits them."""
-  mesh, P = tpu_mesh(name, monkeypatch, tensor=4), jax.P
-  shapes = [((64, 32, 128), jnp.bfloat16), ((100, 16, 32, 128), jnp.bfloat16), ((16,), jnp.int32),
-            ((16, 8), jnp.int32), ((17,), jnp.int32), ((), jnp.int32)]
-  heads = P(None, "tensor", None), P(None, None, "tensor", None)
-  specs = *heads, *[P()] * 4
-  args = [jax.ShapeDtypeStruct(*shape, sharding=jax.NamedSharding(mesh, spec))
-          for shape, spec in zip(shapes, specs)]
+def test_the_engines_step_compiles(name, monkeypatch):
+  """bf16, heads over two devices and requests over two, rows and a chunk, global and windowed layers."""
+  mesh = tpu_mesh(name, monkeypatch, tensor=2, data=2)
+  cfg = ModelConfig(vocab_size=384, n_layers=2, d_model=256, n_heads=4, n_kv_heads=2, head_dim=128, window=100,
+                    layer_pattern=("local", "global"), attention_softcap=20.0).validate()
+  cfg = decode_config(cfg, mesh)
+  graphdef, params = abstract_params(cfg, mesh)
   with jax.set_mesh(mesh):
-    local = functools.partial(paged, window=100, scale=128**-0.5, cap=30.0)
-    text = compiled_text(on_devices(lambda *a: local(*a), specs, heads[0], check_vma=False), *args)
+    weights = jax.eval_shape(lambda p: unstack(cfg, p), params)
+    state = jax.eval_shape(lambda: empty_state(cfg, 2, 16, 100, 16, None))
+    inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(
+      mesh, cfg.rules("batch", *[None] * (a.ndim - 1)))), empty_inputs(2, 8, 64, 16, 16, 384))
+    text = compiled_text(functools.partial(run_step, graphdef), weights, inputs, state)
   assert "ragged_paged_attention_kernel" in kernels_of(text)

@@ -1,0 +1,297 @@
+"""The engine: requests in, tokens out, one compiled step at a time. infer.scheduler says what a step does.
+
+What a request gets does not depend on what runs beside it, but for rounding: matrix products of other sizes
+add in other orders.
+
+The device keeps the pages of all caches, and each slot's last token and what was seen of it: a step needs
+nothing that the step before made, so it is dispatched before that is read. Shapes are few: R rows that make a
+token each, and a chunk of C tokens of one prompt. After `warm_up` nothing is compiled.
+"""
+import collections
+import dataclasses
+import functools
+import time
+
+import jax
+import numpy as np
+
+from infer.decode import cast_params, decode_config
+from infer.sampling import Sampling
+from infer.scheduler import Scheduler
+from infer.step import Inputs, empty_inputs, empty_state, run_step, stack_inputs
+from model.config import ModelConfig
+from model.sharding import place, ways
+from model.transformer import abstract_params, unstack
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+  prompt: list[int]
+  sampling: Sampling
+  grammar: object = None  # infer.grammar.Grammar: what the text must be.
+  user: str = ""  # Those that wait take turns by user.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Token:
+  """One made token."""
+  request: int  # What `submit` returned.
+  id: int
+  logprob: float  # The model's own, whatever the settings.
+  top: tuple[tuple[int, float], ...]  # The likeliest (id, logprob), sampling.logprobs of them.
+  finish: str | None  # On the last: "stop" (it is a stop id, or the grammar's end) or "length".
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scored:
+  """Tokens of a prompt, where sampling.prompt_logprobs is not None."""
+  request: int
+  start: int  # Position of the first of them; the first of all has no probability.
+  logprobs: list[float]
+  top: list[tuple[tuple[int, float], ...]]
+  finish: str | None  # "length" where the prompt ends here and no token is made.
+
+
+class Engine:
+  """Serves many requests together, each as if it were alone.
+
+  Usage:
+    engine = Engine(cfg, params, mesh, stop_ids=[tokenizer.eos_id])
+    engine.submit(Request(prompt=[1, 5, 7], sampling=Sampling(max_tokens=20)))
+    while engine.has_work:
+      for event in engine.step(): ...
+
+  Attributes:
+    programs: (R, C) -> the compiled step; nothing else is ever compiled.
+    counters: prompt_tokens, prefix_hit_tokens, generated_tokens, preemptions, steps, compiles, compile_s.
+  """
+
+  def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), slots: int = 16, page_size: int = 16,
+               n_pages: int | None = None, max_length: int | None = None, prefill_chunk: int = 256,
+               row_buckets: tuple[int, ...] | None = None, cache_dtype: str | None = None,
+               keep_prefixes: bool = True):
+    """Args:
+      cfg: of any rules; those of DECODE are used.
+      params: of `model.transformer`, sharded anyhow. They are copied: cast, and one tree a layer.
+      stop_ids: tokens that end a text.
+      slots: most requests that run together; a multiple of the ways of the batch.
+      n_pages: of all pools together; None: as many as `slots` requests of max_length need.
+      max_length: most tokens of a prompt and its text; None: the model's, or 2048.
+      prefill_chunk: most tokens of a prompt that are fed in a step.
+      row_buckets: for how many requests that make a token, of one way, there are programs; None: 2, 8,
+        32, ... and as many as there are slots. (With 1, XLA:CPU copies the pages in every step.)
+      cache_dtype: "int8", or the compute dtype.
+
+    Raises:
+      ValueError: the model cannot be split over the mesh, or one of these is out of range.
+    """
+    self.cfg, self.mesh = decode_config(cfg, mesh), mesh
+    self.max_length = min(max_length or 2048, self.cfg.max_length or max_length or 2048)
+    self.page_size, self.stop_ids = page_size, tuple(stop_ids)
+    self.n_ways = ways(mesh, self.cfg.rules.batch)
+    self.slots = -(-slots // self.n_ways)
+    self._pages_each = -(-self.max_length // page_size)
+    self.n_pages = (self.slots * self._pages_each if n_pages is None else -(-n_pages // self.n_ways)) + 1
+    self.row_buckets = row_buckets or _buckets(2, self.slots)
+    self.chunk_buckets = _buckets(min(32, prefill_chunk), prefill_chunk)
+    self.schedulers = [Scheduler(slots=self.slots, n_pages=self.n_pages, page_size=page_size,
+                                 chunk=prefill_chunk, keep_prefixes=keep_prefixes)
+                       for _ in range(self.n_ways)]
+    self.programs, self._counters = {}, collections.Counter()
+    self._requests, self._next_id = {}, 0  # id -> _Running.
+    self._unread = collections.deque()  # (plans, what the device made of them).
+    with jax.set_mesh(mesh):
+      self._graphdef, abstract = abstract_params(self.cfg, mesh)
+      params = jax.device_put(params, jax.tree.map(lambda a: a.sharding, abstract))
+      self._weights = unstack(self.cfg, cast_params(self.cfg, params))
+      make = functools.partial(empty_state, self.cfg, self.n_ways, self.slots, self.n_pages, page_size,
+                               cache_dtype)
+      self._state = jax.jit(make)()
+
+  # What others see.
+
+  @property
+  def has_work(self) -> bool:
+    return bool(self._requests or self._unread)
+
+  @property
+  def counters(self) -> dict[str, float]:
+    total = collections.Counter(self._counters)
+    for scheduler in self.schedulers:
+      total.update(scheduler.counters)
+    return dict(total)
+
+  def gauges(self) -> dict[str, float]:
+    total = lambda read: sum(map(read, self.schedulers))
+    return {"running": total(lambda s: s.n_running), "waiting": total(lambda s: s.n_waiting),
+            "pages_used": total(lambda s: s.pages.held), "pages_total": total(lambda s: s.pages.total)}
+
+  def submit(self, request: Request) -> int:
+    """Raises ValueError: an empty prompt, an id outside the vocabulary, too many tokens, a setting out of
+    range."""
+    prompt, sampling = request.prompt, request.sampling.validate(self.cfg.vocab_size)
+    if not len(prompt):
+      raise ValueError("the prompt is empty: start it with the tokenizer's bos_id")
+    if bad := [t for t in prompt if not 0 <= t < self.cfg.vocab_size]:
+      raise ValueError(f"the prompt's token {bad[0]} is outside the vocabulary of {self.cfg.vocab_size}")
+    if len(prompt) + sampling.max_tokens > self.max_length:
+      raise ValueError(f"the prompt's {len(prompt)} tokens and max_tokens={sampling.max_tokens} are more "
+                       f"than the {self.max_length} positions of a sequence; nearest valid max_tokens: "
+                       f"{max(self.max_length - len(prompt), 0)}")
+    id, self._next_id = self._next_id, self._next_id + 1
+    scheduler = min(self.schedulers, key=lambda s: s.n_running + s.n_waiting)
+    scheduler.add(id, prompt, sampling.max_tokens, user=request.user, one_by_one=request.grammar is not None,
+                  whole=sampling.prompt_logprobs is not None)
+    self._requests[id] = _Running(request, scheduler)
+    return id
+
+  def cancel(self, request: int) -> None:
+    """No event of it comes any more."""
+    if (running := self._requests.pop(request, None)) is not None:
+      running.scheduler.end(request)
+
+  def warm_up(self) -> None:
+    """Compiles every program, and runs each once on nothing."""
+    most = self.row_buckets[-1]
+    for shape in [(R, 0) for R in self.row_buckets] + [(most, C) for C in self.chunk_buckets]:
+      self._run(self._make_inputs([], *shape), *shape)
+    jax.block_until_ready(self._state)
+
+  def step(self) -> list[Token | Scored]:
+    """Dispatches what can be done, and returns what the step before made."""
+    plans = [scheduler.plan() for scheduler in self.schedulers]
+    if any(plans):
+      C = max((len(p.chunk.tokens) for p in plans if p and p.chunk), default=0)
+      C = next(c for c in (0, *self.chunk_buckets) if c >= C)
+      R = max(len(p.rows) for p in plans if p)
+      R = self.row_buckets[-1] if C else next(r for r in self.row_buckets if r >= R)
+      made = self._run(self._make_inputs(plans, R, C), R, C)
+      for a in jax.tree.leaves(made):
+        a.copy_to_host_async()
+      self._unread.append((plans, made))
+      self._counters["steps"] += 1
+    if len(self._unread) > any(plans):
+      return self._read(*self._unread.popleft())
+    return []
+
+  # From plans to arrays, and back to events.
+
+  def _make_inputs(self, plans, R, C) -> Inputs:
+    W, M, V = self.n_ways, R + bool(C), self.cfg.padded_vocab_size
+    inputs = empty_inputs(W, R, C, self._pages_each, self.slots, V)
+    samplings, starts = [_OFF] * (W * M), [0] * (W * M)
+    for w, plan in enumerate(plans):
+      if plan is None:
+        continue
+      if plan.chunk is not None:
+        self._fill_chunk(inputs.chunk, w, plan.chunk)
+      for m, part in [*enumerate(plan.rows), *([(R, plan.chunk)] if plan.chunk else [])]:
+        inputs.slot_WM[w, m], inputs.page_WML[w, m, :len(part.pages)] = part.slot, part.pages
+        if m < R:
+          inputs.pos_WR[w, m] = part.position
+        makes = inputs.makes_WM[w, m] = m < R or part.makes_token
+        running = self._requests[part.sequence.id]
+        samplings[w * M + m], starts[w * M + m] = running.sampling, len(running.request.prompt)
+        if running.request.grammar is not None and makes:
+          words = running.request.grammar.mask()
+          inputs.mask_WMw[w, m] = 0
+          inputs.mask_WMw[w, m, :len(words)] = words
+    return dataclasses.replace(inputs, settings=stack_inputs(samplings, starts, self.stop_ids, W))
+
+  def _fill_chunk(self, inputs, w, chunk):
+    s, n = chunk.sequence, len(chunk.tokens)
+    running = self._requests[s.id]
+    inputs.token_WC[w, :n], inputs.start_W[w], inputs.n_W[w] = chunk.tokens, chunk.start, n
+    after = s.tokens[chunk.start + 1:chunk.start + 1 + n]
+    inputs.next_WC[w, :len(after)] = after
+    inputs.is_first_W[w] = chunk.is_first
+    if running.sampling.prompt_logprobs is not None:
+      inputs.n_top_W[w] = running.sampling.prompt_logprobs
+    if chunk.is_first:
+      prompt, made = s.tokens[:len(running.request.prompt)], s.tokens[len(running.request.prompt):]
+      np.add.at(inputs.counts_WV[w], made, 2)
+      inputs.counts_WV[w, prompt] |= 1
+
+  def _run(self, inputs, R, C):
+    inputs = jax.tree.map(self._put, inputs)
+    with jax.set_mesh(self.mesh):
+      if (R, C) not in self.programs:
+        began = time.perf_counter()
+        program = jax.jit(functools.partial(run_step, self._graphdef), donate_argnums=2)
+        self.programs[R, C] = program.lower(self._weights, inputs, self._state).compile()
+        self._counters["compiles"] += 1
+        self._counters["compile_s"] += time.perf_counter() - began
+      self._state, made = self.programs[R, C](self._weights, inputs, self._state)
+    return made
+
+  def _put(self, a):
+    return jax.device_put(a, place(self.mesh, self.cfg.rules("batch", *[None] * (a.ndim - 1))))
+
+  def _read(self, plans, made) -> list[Token | Scored]:
+    made, events = jax.tree.map(np.asarray, made), []
+    for w, plan in enumerate(plans):
+      if plan is None:
+        continue
+      if plan.chunk is not None:
+        events += self._read_scores(plan.chunk, *(a[w] for a in made.scored_WC))
+      for m, part in [*enumerate(plan.rows), *([(-1, plan.chunk)] if plan.chunk else [])]:
+        if m >= 0 or part.makes_token:
+          events += self._read_token(part.sequence.id, *(a[w, m] for a in made.drawn_WM))
+    return events
+
+  def _read_token(self, id, token, logprob, top_id_n, top_logprob_n):
+    if (running := self._requests.get(id)) is None:
+      return []  # It had ended.
+    token, running.n_made = int(token), running.n_made + 1
+    finish = None
+    if token in self.stop_ids or token in running.sampling.stop_ids:
+      finish = "stop"
+    elif (grammar := running.request.grammar) is not None:
+      grammar.push(token)
+      finish = "stop" if grammar.done else None
+    if finish is None and running.n_made == running.sampling.max_tokens:
+      finish = "length"
+    self._counters["generated_tokens"] += 1
+    if finish is None:
+      running.scheduler.read(id, token)
+    else:
+      self.cancel(id)
+    n = running.sampling.logprobs or 0
+    return [Token(id, token, float(logprob), _pairs(top_id_n[:n], top_logprob_n[:n]), finish)]
+
+  def _read_scores(self, chunk, logprob_C, top_id_Cn, top_logprob_Cn):
+    id = chunk.sequence.id
+    running = self._requests.get(id)
+    if running is None or running.sampling.prompt_logprobs is None:
+      return []
+    n_prompt, n = len(running.request.prompt), running.sampling.prompt_logprobs
+    count = min(chunk.start + len(chunk.tokens), n_prompt - 1) - chunk.start
+    ends = chunk.start + len(chunk.tokens) == n_prompt and not running.sampling.max_tokens
+    top = [_pairs(ids[:n], logprobs[:n])
+           for ids, logprobs in zip(top_id_Cn[:max(count, 0)], top_logprob_Cn)]
+    if ends:
+      self.cancel(id)
+    return [Scored(id, chunk.start + 1, logprob_C[:max(count, 0)].tolist(), top, "length" if ends else None)]
+
+
+@dataclasses.dataclass(slots=True)
+class _Running:
+  request: Request
+  scheduler: Scheduler
+  n_made: int = 0  # Tokens that were read.
+
+  @property
+  def sampling(self) -> Sampling:
+    return self.request.sampling
+
+
+_OFF = Sampling(temperature=0.0)
+
+
+def _pairs(ids, logprobs):
+  return tuple(zip(ids.tolist(), logprobs.tolist()))
+
+
+def _buckets(least: int, most: int) -> tuple[int, ...]:
+  """least, 4 least, 16 least, ... and most."""
+  return (*(n for n in (least * 4**i for i in range(16)) if n < most), most)

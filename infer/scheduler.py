@@ -1,0 +1,297 @@
+"""Which request gets which slot, which pages and which turn. Plain Python: no array and no device.
+
+A step of the engine feeds the last token of every running request, and beside them one chunk of one prompt
+(chunked prefill, arXiv:2308.16369). Keys and values lie in pages of A tokens (arXiv:2309.06180); page 0 takes
+what nobody reads. Full pages are kept by the hash of all tokens up to their end, for the next request that
+begins with the same.
+"""
+import array
+import collections
+import dataclasses
+import hashlib
+
+TRASH = 0  # The page of rows without a request.
+
+
+class Pages:
+  """The pages of one pool: free, held by requests, or idle (held by none, and still worth finding).
+
+  Attributes:
+    total: how many can be held.
+  """
+
+  def __init__(self, n_pages: int):
+    self.total = n_pages - 1
+    self._free = list(range(n_pages - 1, TRASH, -1))
+    self._holders = [0] * n_pages
+    self._key, self._page = {}, {}  # Page -> the hash it is kept by, and back.
+    self._idle = collections.OrderedDict()  # The one that was let go first leaves first.
+
+  @property
+  def held(self) -> int:
+    return self.total - self.available
+
+  @property
+  def available(self) -> int:
+    return len(self._free) + len(self._idle)
+
+  def take(self) -> int:
+    """A page whose content is of no use any more. IndexError: none is available."""
+    if self._free:
+      page = self._free.pop()
+    elif self._idle:
+      page, _ = self._idle.popitem(last=False)
+      del self._page[self._key.pop(page)]
+    else:
+      raise IndexError("no page is available")
+    self._holders[page] = 1
+    return page
+
+  def find(self, keys: list[bytes]) -> list[int]:
+    """The pages of as many of the first keys as are there. They are not held yet."""
+    found = []
+    for key in keys:
+      if (page := self._page.get(key)) is None:
+        break
+      found.append(page)
+    return found
+
+  def hold(self, page: int) -> None:
+    """One holder more, of a page that has one or is idle."""
+    self._idle.pop(page, None)
+    self._holders[page] += 1
+
+  def release(self, page: int) -> None:
+    assert self._holders[page] > 0, f"page {page} is held by none"
+    self._holders[page] -= 1
+    if self._holders[page]:
+      return
+    if page in self._key:
+      self._idle[page] = None
+    else:
+      self._free.append(page)
+
+  def keep(self, page: int, key: bytes) -> None:
+    """From now on `find` knows it by this key, unless another page is known by it."""
+    if key not in self._page and page not in self._key:
+      self._page[key], self._key[page] = page, key
+
+  def holders(self, page: int) -> int:
+    return self._holders[page]
+
+
+def hash_page(before: bytes, tokens: list[int]) -> bytes:
+  """The key of a page: it says all tokens from the first to its last."""
+  return hashlib.blake2b(before + array.array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Sequence:
+  """A request as the scheduler sees it. Its first `n_read` tokens are fed in chunks, each later one by
+  itself, as the last that was made."""
+  id: int
+  user: str
+  tokens: list[int]  # Of the prompt, and those made that are known.
+  max_tokens: int
+  one_by_one: bool  # A token is made only when the one before is known.
+  whole: bool  # Every token of the prompt is fed, whatever pages are known.
+  slot: int | None = None
+  pages: list[int] = dataclasses.field(default_factory=list)
+  keys: list[bytes] = dataclasses.field(default_factory=list)  # Of the full pages of `tokens`.
+  n_found: int = 0  # Tokens in pages that were there already.
+  n_read: int = 0
+  n_fed: int = 0  # Tokens whose keys and values the steps planned so far write.
+  n_made: int = 0  # Tokens that the steps planned so far make.
+  n_unknown: int = 0  # Of them, those that `Scheduler.read` was not told.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+  """A running request makes a token: its last one is fed at `position`."""
+  sequence: Sequence
+  slot: int
+  position: int
+  pages: list[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+  """Tokens of a prompt are fed from position `start`; after the last of them a token is made."""
+  sequence: Sequence
+  slot: int
+  start: int
+  tokens: list[int]
+  pages: list[int]
+  is_first: bool  # Since the request has this slot.
+  makes_token: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+  rows: list[Row]
+  chunk: Chunk | None
+
+
+class Scheduler:
+  """Continuous batching (Orca, OSDI '22) over the slots and pages of one pool.
+
+  Requests that wait take turns by user, and first come first served within one. One that lost its pages to
+  another is the first to get some again.
+
+  Attributes:
+    counters: prompt_tokens, prefix_hit_tokens, preemptions: sums since the start.
+  """
+
+  def __init__(self, *, slots: int, n_pages: int, page_size: int, chunk: int, keep_prefixes: bool = True):
+    self.pages, self.page_size, self.chunk = Pages(n_pages), page_size, chunk
+    self.counters = collections.Counter()
+    self._keep_prefixes = keep_prefixes
+    self._free_slots = list(range(slots - 1, -1, -1))
+    self._running = {}  # id -> Sequence, in the order of their admission.
+    self._waiting = collections.OrderedDict()  # User -> requests; the user whose turn it is comes first.
+    self._preempted = collections.deque()
+    self._known = {}
+
+  @property
+  def n_running(self) -> int:
+    return len(self._running)
+
+  @property
+  def n_waiting(self) -> int:
+    return len(self._known) - len(self._running)
+
+  def add(self, id: int, prompt: list[int], max_tokens: int, *, user: str = "", one_by_one: bool = False,
+          whole: bool = False) -> None:
+    """Raises ValueError: it is longer than all pages together."""
+    needed = self._n_pages(len(prompt) + max(max_tokens - 1, 0))
+    if needed > self.pages.total:
+      most = max(self.pages.total * self.page_size - len(prompt) + 1, 0)
+      raise ValueError(f"{len(prompt)} tokens of prompt and max_tokens={max_tokens} need {needed} pages of "
+                       f"{self.page_size} tokens, and there are {self.pages.total}; nearest valid "
+                       f"max_tokens: {most}")
+    sequence = Sequence(id, user, list(prompt), max_tokens, one_by_one, whole)
+    self._known[id] = sequence
+    self._waiting.setdefault(user, collections.deque()).append(sequence)
+
+  def end(self, id: int) -> None:
+    """It is finished, or nobody wants it any more. The next step may have its slot and pages: what a step
+    before that still writes there is written before."""
+    if (s := self._known.pop(id, None)) is None:
+      return
+    if s.slot is not None:
+      self._leave(s)
+    elif s in self._preempted:
+      self._preempted.remove(s)
+    else:
+      self._waiting[s.user].remove(s)
+      if not self._waiting[s.user]:
+        del self._waiting[s.user]
+
+  def read(self, id: int, token: int) -> None:
+    """A token that a planned step has made is known."""
+    if (s := self._known.get(id)) is not None:
+      s.tokens.append(token)
+      s.n_unknown -= 1
+      self._keep_full_pages(s)
+
+  def plan(self) -> Plan | None:
+    """What the next step does, taken as done. None: there is nothing to do before a token is known."""
+    rows = [s for s in list(self._running.values()) if self._can_make(s) and self._grow(s)]
+    chunk = self._plan_chunk()
+    rows = [self._feed(s) for s in rows]
+    return Plan(rows, chunk) if rows or chunk is not None else None
+
+  def _can_make(self, s):
+    """Its own turn; not of one that lost its slot in this plan to a request before it."""
+    return (s.slot is not None and s.n_fed >= s.n_read and s.n_made < s.max_tokens
+            and not (s.one_by_one and s.n_unknown))
+
+  def _feed(self, s):
+    row = Row(s, s.slot, s.n_fed, s.pages)
+    s.n_fed, s.n_made, s.n_unknown = s.n_fed + 1, s.n_made + 1, s.n_unknown + 1
+    return row
+
+  def _plan_chunk(self):
+    s = next((s for s in self._running.values() if s.n_fed < s.n_read), None) or self._admit()
+    if s is None:
+      return None
+    start = s.n_fed
+    s.n_fed = min(start + self.chunk, s.n_read)
+    makes = s.n_fed == s.n_read and s.n_made < s.max_tokens
+    if makes:
+      s.n_made, s.n_unknown = s.n_made + 1, s.n_unknown + 1
+    self._keep_full_pages(s)
+    return Chunk(s, s.slot, start, s.tokens[start:s.n_fed], s.pages, start == s.n_found, makes)
+
+  def _admit(self):
+    """The next request gets a slot, and pages for all its tokens; None: there is none, or no room."""
+    if self._preempted:
+      s = self._preempted[0]
+    elif self._waiting:
+      s = next(iter(self._waiting.values()))[0]
+    else:
+      return None
+    if not self._free_slots or s.n_unknown:
+      return None
+    self._add_keys(s)
+    keys = s.keys[:(len(s.tokens) - 1) // self.page_size]  # At least one token is fed.
+    found = [] if s.whole and not s.n_made else self.pages.find(keys)
+    for page in found:
+      self.pages.hold(page)
+    n_new = self._n_pages(len(s.tokens)) - len(found)
+    if n_new + len(self._running) > self.pages.available:  # One each is left for those that run.
+      for page in found:
+        self.pages.release(page)
+      return None
+    s.slot, s.pages = self._free_slots.pop(), found + [self.pages.take() for _ in range(n_new)]
+    s.n_read, s.n_found = len(s.tokens), len(found) * self.page_size
+    s.n_fed = s.n_found
+    if self._preempted:
+      self._preempted.popleft()
+    else:
+      self.counters["prompt_tokens"] += s.n_read
+      self.counters["prefix_hit_tokens"] += s.n_found
+      self._pass_turn(s.user)
+    self._running[s.id] = s
+    return s
+
+  def _pass_turn(self, user):
+    self._waiting[user].popleft()
+    if self._waiting[user]:
+      self._waiting.move_to_end(user)
+    else:
+      del self._waiting[user]
+
+  def _grow(self, s):
+    """Whether it has a page for its next token, if need be that of the request that was admitted last."""
+    while s.n_fed >= len(s.pages) * self.page_size:
+      if self.pages.available:
+        s.pages = [*s.pages, self.pages.take()]
+        continue
+      last = next(reversed(self._running.values()))
+      self._leave(last)
+      self._preempted.appendleft(last)
+      self.counters["preemptions"] += 1
+      if last is s:
+        return False
+    return True
+
+  def _leave(self, s):
+    for page in s.pages:
+      self.pages.release(page)
+    self._free_slots.append(s.slot)
+    del self._running[s.id]
+    s.slot, s.pages, s.n_fed, s.n_read = None, [], 0, 0
+
+  def _add_keys(self, s):
+    while (len(s.keys) + 1) * self.page_size <= len(s.tokens) and self._keep_prefixes:
+      first = len(s.keys) * self.page_size
+      s.keys.append(hash_page(s.keys[-1] if s.keys else b"", s.tokens[first:first + self.page_size]))
+
+  def _keep_full_pages(self, s):
+    self._add_keys(s)
+    for page, key in zip(s.pages[:s.n_fed // self.page_size], s.keys):
+      self.pages.keep(page, key)
+
+  def _n_pages(self, n_tokens):
+    return -(-n_tokens // self.page_size)

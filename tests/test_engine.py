@@ -1,0 +1,243 @@
+"""The engine: every token is the model's, whatever else runs, wherever pages, chunks and meshes cut."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from infer.engine import Engine, Request, Scored
+from infer.sampling import Sampling
+from model.config import ModelConfig
+from model.sharding import make_mesh
+from model.transformer import init_params
+from tests.tiny import MLA, MOE, mesh_of
+
+V = 20  # So few that the twenty likeliest are all.
+CASES = {
+  "gqa": {},
+  "mixed windows": {"window": 12, "layer_pattern": ("local", "global"), "attention_softcap": 5.0},
+  "mla": MLA,
+  "moe": {**MOE, "qk_norm": "rmsnorm"},
+}
+
+
+def make_config(**changes):
+  base = {"vocab_size": V, "n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "init": "fan_in",
+          "precision": "fp32"}  # fan_in: logits of order 1, so that a tolerance means something.
+  return ModelConfig(**base | changes).validate()
+
+
+@functools.cache
+def params_of(case):
+  cfg, mesh = make_config(**CASES[case]), mesh_of("one")
+  with jax.set_mesh(mesh):
+    return cfg, *init_params(cfg, mesh, jax.random.key(0))
+
+
+@functools.cache
+def make_engine(case, mesh=None, **settings):
+  """Shared by the tests, with what it has compiled."""
+  cfg, _, params = params_of(case)
+  return Engine(cfg, params, mesh or mesh_of("one"),
+                **{"slots": 4, "page_size": 4, "max_length": 200, "prefill_chunk": 16,
+                   "row_buckets": (4,)} | settings)
+
+
+@functools.cache
+def _forward(case):
+  cfg, graphdef, _ = params_of(case)
+
+  def run(params, tokens_BT):
+    model = nnx.merge(graphdef, params)
+    pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return jax.nn.log_softmax(model.logits(model(tokens_BT, pos_BT, jnp.ones_like(pos_BT))[0])[..., :V])
+
+  return jax.jit(run)
+
+
+def forward_logprobs(case, tokens):
+  """[T, V] of the training forward pass."""
+  mesh, rows = mesh_of("one"), np.zeros((1, 200), np.int32)
+  rows[0, :len(tokens)] = tokens
+  with jax.set_mesh(mesh):
+    put = jax.device_put(rows, jax.NamedSharding(mesh, jax.P(("data", "fsdp", "expert"), None)))
+    return np.asarray(_forward(case)(params_of(case)[2], put))[0, :len(tokens)]
+
+
+class Forced:
+  """A grammar of one text: so the log-probabilities of a given text are seen, made token by token."""
+
+  def __init__(self, tokens):
+    self.left, self.done = list(tokens), False
+
+  def mask(self):
+    return np.array([1 << self.left[0]], np.uint32)
+
+  def push(self, token):
+    assert token == self.left.pop(0)
+
+
+def run(engine, requests):
+  """(events of each request, in order)."""
+  events = {engine.submit(r): [] for r in requests}
+  while engine.has_work:
+    for event in engine.step():
+      events[event.request].append(event)
+  assert engine.gauges()["pages_used"] == 0
+  return list(events.values())
+
+
+def spread(top):
+  """((id, logprob), ...) of all tokens -> [V]."""
+  out = np.full(V, np.nan)
+  for id, logprob in top:
+    out[id] = logprob
+  return out
+
+
+def forced_logprobs(engine, texts):
+  """[T - 1, V] of each (tokens, length of the prompt): the prompt's are scored, the others made."""
+  requests = [Request(prompt=tokens[:n], grammar=Forced(tokens[n:]), sampling=Sampling(
+    max_tokens=len(tokens) - n, logprobs=V, prompt_logprobs=V)) for tokens, n in texts]
+  found = []
+  for (tokens, n), events in zip(texts, run(engine, requests)):
+    out, made = np.full((len(tokens), V), np.nan), n
+    for e in events:
+      if isinstance(e, Scored):
+        for i, top in enumerate(e.top):
+          out[e.start + i - 1] = spread(top)
+        np.testing.assert_array_equal(e.logprobs, [out[e.start + i - 1, tokens[e.start + i]]
+                                                   for i in range(len(e.logprobs))])
+      else:
+        out[made - 1] = spread(e.top)
+        assert e.id == tokens[made] and e.logprob == out[made - 1, e.id]
+        made += 1
+    assert made == len(tokens) and events[-1].finish == "length"
+    found.append(out[:-1])
+  return found
+
+
+def texts_of(*lengths, seed=0):
+  rng = np.random.default_rng(seed)
+  return [(rng.integers(0, V, n).tolist(), at) for n, at in lengths]
+
+
+LENGTHS = ((150, 131), (60, 33), (21, 1), (16, 15), (40, 16))  # Past many pages, chunks and a block of keys.
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_token_is_the_forward_pass(case):
+  """Prefill in chunks and decode, in pages, five requests together."""
+  texts = texts_of(*LENGTHS)
+  for (tokens, _), got in zip(texts, forced_logprobs(make_engine(case), texts)):
+    np.testing.assert_allclose(got, forward_logprobs(case, tokens)[:-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("case, sizes", [
+  ("gqa", dict(tensor=2, data=2)), ("mla", dict(tensor=2, fsdp=2)), ("moe", dict(expert=2, tensor=2)),
+  ("mixed windows", dict(tensor=4))])  # Two kv heads on four devices.
+def test_on_a_mesh_too(case, sizes):
+  n = np.prod(list(sizes.values()))
+  mesh, texts = make_mesh(**sizes, devices=jax.devices()[:n]), texts_of(*LENGTHS)
+  for (tokens, _), got in zip(texts, forced_logprobs(make_engine(case, mesh), texts)):
+    np.testing.assert_allclose(got, forward_logprobs(case, tokens)[:-1], atol=1e-4)
+
+
+def test_after_prefix_hits_eviction_and_preemption():
+  """In so few pages that requests take each other's, twice over, so that the second time begins with hits."""
+  engine = make_engine("gqa", n_pages=44)
+  texts = [(tokens[:n], at) for tokens, at in texts_of((150, 131), (150, 100)) for n in (150, 140)]
+  texts += texts_of((90, 10), (90, 10), (90, 10), (90, 10), seed=1)
+  requests = [(tokens, max(at - 30, 1)) for tokens, at in texts]
+  before = dict(engine.counters)
+  for _ in range(2):
+    for (tokens, at), events in zip(requests, run(engine, [
+        Request(prompt=tokens[:at], grammar=Forced(tokens[at:]), sampling=Sampling(
+          max_tokens=len(tokens) - at, logprobs=V)) for tokens, at in requests])):
+      want = forward_logprobs("gqa", tokens)
+      got = np.array([spread(e.top) for e in events])
+      np.testing.assert_allclose(got, want[at - 1:-1], atol=1e-4)
+  more = {k: engine.counters[k] - before.get(k, 0) for k in engine.counters}
+  assert more["preemptions"] > 5 and more["prefix_hit_tokens"] > 200
+
+
+def test_int8_pages_are_near_and_do_not_depend_on_company():
+  texts = texts_of(*LENGTHS)
+  engine = make_engine("gqa", cache_dtype="int8")
+  together = forced_logprobs(engine, texts)
+  for (tokens, at), got in zip(texts, together):
+    want = forward_logprobs("gqa", tokens)[:-1]
+    assert 1e-6 < np.abs(got - want).max() < 0.05
+    np.testing.assert_allclose(forced_logprobs(engine, [(tokens, at)])[0], got, atol=1e-4)
+
+
+def mixed_requests(n, seed=0):
+  """Of all lengths and settings; many begin alike."""
+  rng = np.random.default_rng(seed)
+  begins = [rng.integers(0, V, k).tolist() for k in (8, 24, 50)]
+  out = []
+  for i in range(n):
+    pick = lambda *values: values[rng.integers(len(values))]
+    prompt = [*pick(*begins)[:rng.integers(0, 51)], *rng.integers(0, V, rng.integers(1, 30)).tolist()]
+    out.append(Request(prompt=prompt, user=pick("a", "b"), sampling=Sampling(
+      max_tokens=int(rng.integers(1, 25)), temperature=pick(0.0, 0.7, 1.0), top_k=pick(None, 5),
+      top_p=pick(None, 0.8), min_p=pick(None, 0.02), repetition_penalty=pick(None, 1.3),
+      logprobs=pick(None, 3), seed=i,
+      presence_penalty=pick(0.0, 0.5), frequency_penalty=pick(0.0, -0.3), stop_ids=pick((), (3,)))))
+  return out
+
+
+def test_what_a_request_gets_does_not_depend_on_company():
+  """Forty together, in few pages and known late, against each alone; ten are cancelled on the way."""
+  engine = make_engine("gqa", n_pages=30)
+  requests = mixed_requests(40)
+  alone = [[(t.id, t.logprob, t.top, t.finish) for t in run(engine, [r])[0]] for r in requests]
+  got, steps, rng = {}, 0, np.random.default_rng(1)
+  ids = [engine.submit(r) for r in requests]
+  cancel = {id: int(rng.integers(0, 120)) for id in rng.choice(ids, 10, replace=False)}
+  ended = set()
+  while engine.has_work:
+    for id, at in cancel.items():
+      if at == steps and id not in ended:
+        engine.cancel(id)
+        ended.add(id)
+    for t in engine.step():
+      assert t.request not in ended
+      got.setdefault(t.request, []).append((t.id, t.logprob, t.top, t.finish))
+      if t.finish:
+        ended.add(t.request)
+    steps += 1
+  assert engine.gauges() == {"running": 0, "waiting": 0, "pages_used": 0, "pages_total": 30}
+  assert engine.counters["preemptions"] > 0
+  for id, want in zip(ids, alone):
+    made = got.get(id, [])
+    assert len(made) == len(want) or id in cancel
+    for (token, logprob, top, finish), other in zip(made, want):
+      assert (token, finish) == (other[0], other[3]) and [i for i, _ in top] == [i for i, _ in other[2]]
+      np.testing.assert_allclose([logprob, *(x for _, x in top)],
+                                 [other[1], *(x for _, x in other[2])], atol=1e-5)
+
+
+def test_nothing_compiles_after_warm_up():
+  engine = Engine(*params_of("gqa")[::2], mesh_of("one"), slots=3, page_size=4, max_length=100,
+                  prefill_chunk=16)
+  engine.warm_up()
+  before = engine.counters["compiles"]
+  assert before == len(engine.programs) == len(engine.row_buckets) + len(engine.chunk_buckets)
+  run(engine, mixed_requests(30, seed=3))
+  assert engine.counters["compiles"] == before and engine.counters["steps"] > 50
+
+
+@pytest.mark.parametrize("prompt, changes, wrong", [
+  ([], {}, "the prompt is empty"),
+  ([1, V], {}, f"token {V} is outside the vocabulary of {V}"),
+  ([1] * 150, {"max_tokens": 60}, "nearest valid max_tokens: 50"),
+  ([1], {"temperature": -1.0}, "temperature=-1"),
+])
+def test_what_cannot_be_served_is_refused(prompt, changes, wrong):
+  engine = make_engine("gqa")
+  with pytest.raises(ValueError, match=wrong):
+    engine.submit(Request(prompt=prompt, sampling=Sampling(**changes)))
+  assert not engine.has_work

@@ -1,0 +1,136 @@
+"""The scheduler against a device that is a dictionary: each token's keys lie where it says."""
+import collections
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infer.scheduler import TRASH, Pages, Scheduler
+
+
+def next_token(tokens):
+  """Of the made-up model: a function of all tokens before."""
+  return hash(tuple(tokens)) % 50
+
+
+class Device:
+  """Pages that remember which tokens were written, and refuse to make a token from any others."""
+
+  def __init__(self, scheduler):
+    self.scheduler, self.written, self.last = scheduler, {}, {}
+
+  def run(self, plan):
+    """id -> the token made."""
+    made, A = {}, self.scheduler.page_size
+    touched = collections.Counter()
+
+    def feed(pages, start, tokens):
+      for i, token in enumerate(tokens, start):
+        touched[pages[i // A], i % A] += 1
+        self.written[pages[i // A], i % A] = token
+
+    def look(pages, n):
+      return [self.written[pages[i // A], i % A] for i in range(n)]
+
+    for row in plan.rows:
+      feed(row.pages, row.position, [self.last[row.slot]])
+      made[row.sequence.id] = row.slot, next_token(look(row.pages, row.position + 1))
+    if (c := plan.chunk) is not None:
+      feed(c.pages, c.start, c.tokens)
+      if c.makes_token:
+        made[c.sequence.id] = c.slot, next_token(look(c.pages, c.start + len(c.tokens)))
+    assert not touched or max(touched.values()) == 1 and all(page != TRASH for page, _ in touched)
+    slots = [r.slot for r in plan.rows] + ([plan.chunk.slot] if plan.chunk else [])
+    assert len(set(slots)) == len(slots)
+    for slot, token in made.values():
+      self.last[slot] = token
+    return {id: token for id, (_, token) in made.items()}
+
+
+def alone(prompt, max_tokens):
+  tokens = list(prompt)
+  for _ in range(max_tokens):
+    tokens.append(next_token(tokens))
+  return tokens[len(prompt):]
+
+
+def run_all(scheduler, requests, *, late=1, cancel=()):
+  """What each request got; tokens are known `late` steps after they were made."""
+  device, unread, out, ended = Device(scheduler), collections.deque(), collections.defaultdict(list), set()
+  arrivals, n = sorted(requests, key=lambda r: r["at"]), 0
+  for step in range(10_000):
+    while arrivals and arrivals[0]["at"] <= step:
+      r = arrivals.pop(0)
+      if r["id"] not in ended:
+        scheduler.add(r["id"], r["prompt"], r["max_tokens"], user=r["user"], one_by_one=r["one_by_one"])
+    for id in [id for id, at in cancel if at == step]:
+      scheduler.end(id)
+      ended.add(id)
+    plan = scheduler.plan()
+    n += plan is not None
+    unread.append(device.run(plan) if plan else {})
+    while len(unread) > late or (unread and plan is None):
+      for id, token in unread.popleft().items():
+        scheduler.read(id, token)
+        if id in ended:
+          continue
+        out[id].append(token)
+        if len(out[id]) == next(r["max_tokens"] for r in requests if r["id"] == id):
+          scheduler.end(id)
+          ended.add(id)
+    if not arrivals and not scheduler.n_running and not scheduler.n_waiting and not any(unread):
+      return out, n
+  raise AssertionError("it never ended")
+
+
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=40)  # Few letters: many begin alike.
+a_request = st.fixed_dictionaries({
+  "prompt": prompts, "max_tokens": st.integers(1, 12), "at": st.integers(0, 30),
+  "user": st.sampled_from("ab"), "one_by_one": st.booleans()})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(a_request, min_size=1, max_size=12), st.integers(1, 5), st.integers(14, 40),
+       st.integers(1, 17), st.booleans(), st.integers(1, 3),
+       st.sets(st.tuples(st.integers(0, 11), st.integers(0, 60)), max_size=3))
+def test_every_request_gets_what_it_would_get_alone(requests, slots, n_pages, chunk, keep, late, cancel):
+  requests = [{**r, "id": i} for i, r in enumerate(requests)]
+  scheduler = Scheduler(slots=slots, n_pages=n_pages, page_size=4, chunk=chunk, keep_prefixes=keep)
+  out, _ = run_all(scheduler, requests, late=late, cancel=cancel)
+  cancelled = {id for id, _ in cancel}
+  for r in requests:
+    want = alone(r["prompt"], r["max_tokens"])
+    assert out[r["id"]] == want or r["id"] in cancelled and out[r["id"]] == want[:len(out[r["id"]])]
+  assert scheduler.pages.held == 0 and scheduler.pages.available == n_pages - 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["take", "release", "hold", "keep", "find"]), st.integers(0, 30)),
+                max_size=2000))
+def test_no_page_is_lost_or_had_twice(moves):
+  pages, held, kept = Pages(9), [], {}
+  for move, i in moves:
+    if move == "take" and pages.available:
+      page = pages.take()
+      assert page not in held and page != TRASH
+      kept = {k: p for k, p in kept.items() if p != page}
+      held.append(page)
+    elif move == "take":
+      with pytest.raises(IndexError):
+        pages.take()
+    elif move == "release" and held:
+      pages.release(held.pop(i % len(held)))
+    elif move == "hold" and held:
+      pages.hold(held[i % len(held)])
+      held.append(held[i % len(held)])
+    elif move == "keep" and held:
+      page, key = held[i % len(held)], bytes([i])
+      if key not in kept and page not in kept.values():
+        kept[key] = page
+      pages.keep(page, key)
+    elif move == "find":
+      assert pages.find([bytes([i])]) == ([kept[bytes([i])]] if bytes([i]) in kept else [])
+      for page in pages.find([bytes([i])]):
+        pages.hold(page)
+        held.append(page)
+    assert pages.held == len(set(held)) and all(pages.holders(p) == held.count(p) for p in range(1, 9))

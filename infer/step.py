@@ -70,10 +70,10 @@ def empty_inputs(W, R, C, L, S, V) -> Inputs:
   M, zeros = R + bool(C), lambda *shape: np.zeros(shape, np.int32)
   settings = stack_inputs([Sampling(temperature=0.0)] * (W * M), [0] * (W * M), (), W)
   chunk = ChunkInputs(token_WC=zeros(W, C), next_WC=zeros(W, C), start_W=zeros(W), n_W=zeros(W),
-                      is_first_W=np.zeros(W, bool), counts_WV=zeros(W, V), n_top_W=zeros(W) - 1) if C else None
+                      is_first_W=np.zeros(W, bool), counts_WV=zeros(W, V), n_top_W=zeros(W) - 1)
   return Inputs(slot_WM=zeros(W, M) + S, pos_WR=zeros(W, R), page_WML=zeros(W, M, L),
                 makes_WM=np.zeros((W, M), bool), settings=settings,
-                mask_WMw=np.full((W, M, -(-V // 32)), 0xffffffff, np.uint32), chunk=chunk)
+                mask_WMw=np.full((W, M, -(-V // 32)), 0xffffffff, np.uint32), chunk=chunk if C else None)
 
 
 def empty_state(cfg, W, S, n_pages, page_size, cache_dtype) -> State:

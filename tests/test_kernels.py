@@ -205,8 +205,8 @@ def test_our_step_compiles_with_the_kernels(name, monkeypatch):
 def test_the_engines_step_compiles(name, monkeypatch):
   """bf16, heads over two devices and requests over two, rows and a chunk, global and windowed layers."""
   mesh = tpu_mesh(name, monkeypatch, tensor=2, data=2)
-  cfg = ModelConfig(vocab_size=384, n_layers=2, d_model=256, n_heads=4, n_kv_heads=2, head_dim=128, window=100,
-                    layer_pattern=("local", "global"), attention_softcap=20.0).validate()
+  cfg = ModelConfig(vocab_size=384, n_layers=2, d_model=256, n_heads=4, n_kv_heads=2, head_dim=128,
+                    window=100, layer_pattern=("local", "global"), attention_softcap=20.0).validate()
   cfg = decode_config(cfg, mesh)
   graphdef, params = abstract_params(cfg, mesh)
   with jax.set_mesh(mesh):

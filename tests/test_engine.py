@@ -136,8 +136,10 @@ def test_every_token_is_the_forward_pass(case):
 
 
 @pytest.mark.parametrize("case, sizes", [
-  ("gqa", dict(tensor=2, data=2)), ("mla", dict(tensor=2, fsdp=2)), ("moe", dict(expert=2, tensor=2)),
-  ("mixed windows", dict(tensor=4))])  # Two kv heads on four devices.
+  ("gqa", dict(tensor=2, data=2)),
+  pytest.param("mla", dict(tensor=2, fsdp=2), marks=pytest.mark.slow),
+  ("moe", dict(expert=2, tensor=2)),
+  pytest.param("mixed windows", dict(tensor=4), marks=pytest.mark.slow)])  # Two kv heads on four devices.
 def test_on_a_mesh_too(case, sizes):
   n = np.prod(list(sizes.values()))
   mesh, texts = make_mesh(**sizes, devices=jax.devices()[:n]), texts_of(*LENGTHS)

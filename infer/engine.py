@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from infer.decode import cast_params, decode_config
-from infer.sampling import Sampling
+from infer.sampling import MOST_STOP_IDS, Sampling
 from infer.scheduler import Scheduler
-from infer.step import Inputs, empty_inputs, empty_state, run_step, stack_inputs
+from infer.step import SCORED_TOGETHER, Inputs, empty_inputs, empty_state, run_step, stack_inputs
 from model.config import ModelConfig
 from model.sharding import place, ways
 from model.transformer import abstract_params, unstack
@@ -86,6 +86,10 @@ class Engine:
       ValueError: the model cannot be split over the mesh, or one of these is out of range.
     """
     self.cfg, self.mesh = decode_config(cfg, mesh), mesh
+    if len(stop_ids) > MOST_STOP_IDS:
+      raise ValueError(f"stop_ids={tuple(stop_ids)}: at most {MOST_STOP_IDS} end every text")
+    if prefill_chunk % SCORED_TOGETHER and prefill_chunk > SCORED_TOGETHER:
+      raise ValueError(f"prefill_chunk={prefill_chunk} must be a multiple of {SCORED_TOGETHER}, or less")
     self.max_length = min(max_length or 2048, self.cfg.max_length or max_length or 2048)
     self.page_size, self.stop_ids = page_size, tuple(stop_ids)
     self.n_ways = ways(mesh, self.cfg.rules.batch)

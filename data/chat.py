@@ -118,8 +118,9 @@ def check_messages(messages) -> None:
         raise ValueError(f"messages[{i}].{field} is missing")
       if not isinstance(message[field], str):
         raise ValueError(f"messages[{i}].{field} must be a string, got {type(message[field]).__name__}")
-    if extra := message.keys() - {"role", "content"}:
-      raise ValueError(f"messages[{i}].{min(map(str, extra))} is unknown; known: role, content")
+    known = {"role", "content", "tool_calls", "tool_call_id"}
+    if extra := message.keys() - known:
+      raise ValueError(f"messages[{i}].{min(map(str, extra))} is unknown; known: {', '.join(sorted(known))}")
     if not ROLE.fullmatch(message["role"]):
       raise ValueError(f"messages[{i}].role={message['role'][:40]!r} is no role; known to most templates: "
                        "system, user, assistant")
@@ -127,6 +128,31 @@ def check_messages(messages) -> None:
       message["content"].encode()
     except UnicodeEncodeError as e:
       raise ValueError(f"messages[{i}].content holds half a surrogate pair at {e.start}") from None
+
+
+def _open_calls(message, name) -> dict:
+  """The arguments of its calls as objects, which templates write down themselves."""
+  if "tool_calls" not in message:
+    return message
+  calls = []
+  for i, call in enumerate(message["tool_calls"]):
+    try:
+      arguments = json.loads(call["function"]["arguments"])
+    except (TypeError, KeyError, ValueError, RecursionError) as e:
+      raise ValueError(f"{name}.tool_calls[{i}].function.arguments is no JSON: {str(e)[:100]}") from None
+    if not isinstance(arguments, dict):
+      raise ValueError(f"{name}.tool_calls[{i}].function.arguments must be a JSON object")
+    calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+  return message | {"tool_calls": calls}
+
+
+def _edit(value, edit):
+  """`value` with `edit` done to every string in it, names of fields included."""
+  if isinstance(value, str):
+    return edit(value)
+  if isinstance(value, dict):
+    return {edit(key): _edit(each, edit) for key, each in value.items()}
+  return [_edit(each, edit) for each in value] if isinstance(value, list) else value
 
 
 class Chat:
@@ -146,21 +172,25 @@ class Chat:
     self._ends = "|".join(sorted(map(re.escape, ends))) or "(?!)"
     self.end_ids = self._find_end()
 
-  def encode(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
+  def encode(self, messages: list[dict], add_generation_prompt: bool = True,
+             tools: list[dict] | None = None) -> list[int]:
     """The ids of a conversation, and of the beginning of the answer to it.
 
     Args:
-      messages: {"role": str, "content": str} each, in order.
+      messages: {"role": str, "content": str} each, in order; an assistant's may have "tool_calls", a tool's
+        "tool_call_id", as OpenAI's API has them.
+      tools: that the answer may call, as OpenAI's API has them.
 
     Raises:
       ValueError: a message is malformed, or the template refuses them or is over a limit.
     """
     check_messages(messages)
-    taken = set(self.template).union(*(m["content"] for m in messages))
+    messages = [_open_calls(m, f"messages[{i}]") for i, m in enumerate(messages)]
+    taken = set(self.template).union(json.dumps([messages, tools], ensure_ascii=False))
     mark = next(chr(c) for c in MARKS if chr(c) not in taken)
-    return self._to_ids(self._render(messages, mark, add_generation_prompt), mark)
+    return self._to_ids(self._render(messages, mark, add_generation_prompt, tools), mark)
 
-  def _render(self, messages, mark, add_generation_prompt) -> str:
+  def _render(self, messages, mark, add_generation_prompt, tools=None) -> str:
     """The text, with marks in it wherever a message could take part in a special token.
 
     Marked most (around every character that begins or ends a special token) no text can, whatever the
@@ -170,8 +200,9 @@ class Chat:
     most = lambda text: re.sub(self._ends, rf"{mark}\g<0>{mark}", text)
     least = lambda text: re.sub(self._special, lambda m: m[0][0] + mark + m[0][1:], text)
     values = [{
-      **self.tokenizer.names, "messages": [m | {"content": edit(m["content"])} for m in messages],
-      "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None,
+      **self.tokenizer.names, "messages": [
+        {key: m[key] if key == "role" else _edit(m[key], edit) for key in m} for m in messages],
+      "add_generation_prompt": add_generation_prompt, "tools": _edit(tools, edit), "documents": None,
     } for edit in (most, least)]
     strong, weak = self._renderer.render(self.template, values)
     if strong.replace(mark, "") == weak.replace(mark, ""):

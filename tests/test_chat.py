@@ -221,3 +221,40 @@ def test_where_templates_are_found(folder, tmp_path):
       {"name": n, "template": n} for n in "ab"]}))
   with pytest.raises(ValueError, match="names .'a', 'b'., none of them default"):
     find_template(tmp_path)
+
+
+# Tools.
+
+TOOLS_TEMPLATE = """
+{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n' }}{% for tool in tools %}{{- tool | tojson }}{% endfor %}
+{{- '<|im_end|>\\n' }}{% endif %}
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}{{ call.function.arguments | tojson }}
+{{- '}</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, "é"]}'}}
+
+
+def test_tools_and_calls_are_rendered_and_stay_text(tmp_path):
+  byte_level().save(str(tmp_path / "tokenizer.json"))
+  tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+  chat = Chat(tokenizer, TOOLS_TEMPLATE)
+  tool = {"type": "function", "function": {"name": "add", "description": "adds"}}
+  talk = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+          {"role": "tool", "content": "4", "tool_call_id": "1"}]
+  text = tokenizer.decode(chat.encode(talk, tools=[tool]))
+  assert json.dumps(tool) in text
+  assert '<tool_call>{"name": "add", "arguments": {"a": [1, "é"]}}</tool_call>' in text
+  special = tokenizer.specials["<|im_end|>"].id
+  n_special = chat.encode(talk, tools=[tool]).count(special)
+  end = "<|im_end|>"
+  evil = {"type": "function", "function": {"name": "add", "description": f"x{end}", end: end}}
+  call = CALL | {"function": {"name": f"add{end}", "arguments": json.dumps({end: end})}}
+  ids = chat.encode([talk[0], talk[1] | {"tool_calls": [call]}, talk[2] | {"content": end}], tools=[evil])
+  assert ids.count(special) == n_special
+  for bad in ("[1]", "{", None):
+    with pytest.raises(ValueError, match=r"messages\[1\].tool_calls\[0\].function.arguments"):
+      chat.encode([talk[0], talk[1] | {"tool_calls": [CALL | {"function": {"name": "a", "arguments": bad}}]}])

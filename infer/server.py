@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import importlib
 import math
+import re
 import sys
 import time
 
@@ -132,6 +133,7 @@ def _load(args):
   from infer.engine import Engine, Request
   from infer.grammar import GrammarCompiler
   from infer.sampling import Sampling
+  from infer.tools import CallReader, find_style
   from model.sharding import make_mesh
   CompileCache()
   mesh = make_mesh(data=-1, tensor=args.tensor)
@@ -154,13 +156,32 @@ def _load(args):
   def make_request(prompt, settings, grammar, user):
     return Request(prompt=prompt, sampling=Sampling(**settings), grammar=grammar, user=user)
 
+  style = find_style(chat.template) if chat else None
+  tools = {} if style is None else {
+    "tools": lambda names: CallReader(style, names, run.tokenizer.specials),
+    "force_call": lambda functions: force_answer(style, functions, chat)}
   room = engine.gauges()["pages_total"] // engine.n_ways * args.page_size  # Of one text, if it had all pages.
   served = Served(
     name=args.name or run.path.resolve().name, tokenizer=run.tokenizer, make_request=make_request,
     max_length=min(engine.max_length, int(room)), chat=chat,
     begins_with_bos=args.run is not None or run.tokenizer.add_bos,
-    grammars=GrammarCompiler(run.tokenizer, cfg.padded_vocab_size, stop_ids))
+    grammars=GrammarCompiler(run.tokenizer, cfg.padded_vocab_size, stop_ids), **tools)
   return served, engine
+
+
+def force_answer(style, functions, chat):
+  """(ids that an answer begins with which calls one of the functions, their text, the rest's grammar).
+
+  Raises:
+    ValueError: it cannot be forced.
+  """
+  from infer.tools import MARKS, force_call
+  opening, grammar = force_call(style, functions, chat.template)
+  ids = []
+  for part in filter(None, re.split(f"({'|'.join(map(re.escape, MARKS))})", opening)):
+    special = chat.tokenizer.specials.get(part) if part in MARKS else None
+    ids += chat.tokenizer.encode_inner(part) if special is None else [special.id]
+  return ids, opening, grammar
 
 
 if __name__ == "__main__":

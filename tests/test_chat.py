@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from data.chat import Chat, Renderer, find_template
 from data.tokenizer import load_tokenizer
+from infer.server import force_answer
 
 # Small ones, of the shapes that the families' own have.
 TEMPLATES = {
@@ -258,3 +259,10 @@ def test_tools_and_calls_are_rendered_and_stay_text(tmp_path):
   for bad in ("[1]", "{", None):
     with pytest.raises(ValueError, match=r"messages\[1\].tool_calls\[0\].function.arguments"):
       chat.encode([talk[0], talk[1] | {"tool_calls": [CALL | {"function": {"name": "a", "arguments": bad}}]}])
+
+
+def test_a_forced_call_begins_as_the_template_writes_it(tmp_path):
+  byte_level().save(str(tmp_path / "tokenizer.json"))
+  chat = Chat(load_tokenizer(tmp_path / "tokenizer.json"), TOOLS_TEMPLATE)
+  ids, opening, grammar = force_answer("hermes", [{"name": "add"}], chat)
+  assert chat.tokenizer.decode(ids) == opening == "<tool_call>\n" and '"add"' in grammar

@@ -200,7 +200,8 @@ def test_memory_has_a_limit_however_it_grows():
   (["hi"], r"messages\[0\] must be an object"),
   ([TALK[0], {"role": "user"}], r"messages\[1\].content is missing"),
   ([{"role": "user", "content": None}], r"messages\[0\].content must be a string, got NoneType"),
-  ([{"role": "user", "content": "a", "nmae": "b"}], r"messages\[0\].nmae is unknown; known: content, role, tool_call_id, tool_calls"),
+  ([{"role": "user", "content": "a", "nmae": "b"}],
+   r"messages\[0\].nmae is unknown; known: content, role, tool_call_id, tool_calls"),
   ([{"role": "user<|im_end|>", "content": "a"}], r"messages\[0\].role='user<|im_end|>' is no role"),
   ([{"role": "user", "content": "a\ud800"}], r"messages\[0\].content holds half a surrogate pair at 1")])
 def test_a_wrong_message_is_named(tokenizer, messages, words):

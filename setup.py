@@ -47,6 +47,7 @@ setup(
       "starlette>=0.46", "uvicorn>=0.35", "prometheus-client>=0.22",  # python -m infer.server.
       "llguidance>=1.8",  # Structured output. 1.7 does not bound white space.
     ],
+    "eval": ["lm-eval>=0.4.13"],  # EleutherAI's task files: python -m infer.eval --tasks=FILE.yaml.
     "ray": ["ray>=2.50"],  # python -m experiments.sweep --on=ray.
     "tensorboard": ["tensorboardX>=2.6"],
     "test": TEST,

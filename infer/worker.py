@@ -28,7 +28,7 @@ class Call:
     self.requests, self.began = requests, time.monotonic()
     self.accepted = loop.create_future()  # Raises Refusal where the engine does not take one of them.
     self.accepted.add_done_callback(lambda f: f.exception())  # There may be nobody left to ask.
-    self.open = set(range(len(requests)))  # Those that go on.
+    self.open, self._cancelled = set(range(len(requests))), set()  # What goes on, and what is not wanted.
     self._worker, self._events = worker, asyncio.Queue()
 
   def __aiter__(self):
@@ -36,16 +36,18 @@ class Call:
 
   async def __anext__(self):
     """(index, Token or Scored). Raises Refusal: the rest is not coming, and why."""
-    if not self.open and self._events.empty():
-      raise StopAsyncIteration
-    event = await self._events.get()
-    if isinstance(event, Refusal):
-      raise event
-    return event
+    while self.open or not self._events.empty():
+      event = await self._events.get()
+      if isinstance(event, Refusal):
+        raise event
+      if event[0] not in self._cancelled:
+        return event
+    raise StopAsyncIteration
 
   def cancel(self, index: int | None = None) -> None:
     """One text, or all, are wanted no more; their pages are free after the engine's next step."""
     for each in [index] if index is not None else sorted(self.open):
+      self._cancelled.add(each)
       if each in self.open:
         self._worker.close_one(self, each)
         self._worker.commands.put(("cancel", self, each))

@@ -127,7 +127,7 @@ def texts_of(*lengths, seed=0):
 LENGTHS = ((150, 131), (60, 33), (21, 1), (16, 15), (40, 16))  # Past many pages, chunks and a block of keys.
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["mixed windows", "mla", "moe", pytest.param("gqa", marks=pytest.mark.slow)])
 def test_every_token_is_the_forward_pass(case):
   """Prefill in chunks and decode, in pages, five requests together."""
   texts = texts_of(*LENGTHS)
@@ -138,7 +138,7 @@ def test_every_token_is_the_forward_pass(case):
 @pytest.mark.parametrize("case, sizes", [
   ("gqa", dict(tensor=2, data=2)),
   pytest.param("mla", dict(tensor=2, fsdp=2), marks=pytest.mark.slow),
-  ("moe", dict(expert=2, tensor=2)),
+  pytest.param("moe", dict(expert=2, tensor=2), marks=pytest.mark.slow),
   pytest.param("mixed windows", dict(tensor=4), marks=pytest.mark.slow)])  # Two kv heads on four devices.
 def test_on_a_mesh_too(case, sizes):
   n = np.prod(list(sizes.values()))

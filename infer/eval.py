@@ -8,8 +8,8 @@
 
 --out gets results.json, and TASK.jsonl with a line an item: its scores, what they were made of, and a hash
 of what was asked. A command that was killed goes on where it was: items that are done are kept. Decisions are
-the same whatever --slots, the devices or the backend, as --compute_dtype=float32 (the default) computes them;
-log-probabilities within 1e-5. Choices within 1e-4 nats of each other tie, and the first of them counts.
+the same whatever --slots or the devices, as --compute_dtype=float32 (the default) computes them;
+log-probabilities but for rounding. Choices within 1e-4 nats of each other tie, and the first of them counts.
 
 A context that does not fit is cut at its beginning (its line says by how many tokens); a choice never is.
 Texts are read in windows. A YAML task of lm-eval may name code to run, beside it: use those that you trust.

@@ -1,8 +1,10 @@
 """Packaging: what `pip install -e .` installs, and the extras. Tool settings live in pyproject.toml."""
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "tensorboardX>=2.6",
-        "jsonschema>=4.20"]
+SERVE = ["starlette>=0.46", "uvicorn>=0.35", "prometheus-client>=0.22",
+         "llguidance>=1.8"]  # Structured output. 1.7 does not bound white space.
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "tensorboardX>=2.6", "jsonschema>=4.20",
+        "httpx>=0.27", "openai>=2", *SERVE]
 
 setup(
   name="assay-lm",
@@ -43,10 +45,7 @@ setup(
     "gpu": ["jax[cuda12]"],
     "hub": ["gguf>=0.17", "huggingface_hub>=0.34"],  # Quantised GGUF files; models by name.
     "sweep": ["duckdb>=1.4", "optuna>=4.5"],  # experiments.query; a search instead of a grid.
-    "serve": [
-      "starlette>=0.46", "uvicorn>=0.35", "prometheus-client>=0.22",  # python -m infer.server.
-      "llguidance>=1.8",  # Structured output. 1.7 does not bound white space.
-    ],
+    "serve": SERVE,  # python -m infer.server.
     "eval": ["lm-eval>=0.4.13"],  # EleutherAI's task files: python -m infer.eval --tasks=FILE.yaml.
     "ray": ["ray>=2.50"],  # python -m experiments.sweep --on=ray.
     "tensorboard": ["tensorboardX>=2.6"],

@@ -191,6 +191,7 @@ def test_generated_tokens_are_drawn_from_the_forward_pass(cache):
     assert finish == [None] * 19 + ["length"]
 
 
+@pytest.mark.slow  # Of the engine, which takes its place: tests/test_engine.py.
 def test_a_batch_gives_what_each_request_gives_alone():
   """32 ragged requests with settings of every kind, over chunk and window borders: token for token."""
   cfg = make_config(**CACHES["mixed"])

@@ -197,7 +197,7 @@ def test_weights_and_steps_are_told_apart(run_path, capsys):
   (["--run={}/../empty", "--prompt=a"], "no finished checkpoint"),
   (["--run={}"], "give --prompt=TEXT"),
   (["--run={}", "--promt=a"], "unknown argument --promt=a; did you mean --prompt"),
-  (["--run={}", "--prompt=a", "--temperature=-1"], "temperature=-1.0 must be at least 0"),
+  (["--run={}", "--prompt=a", "--temperature=-1"], "temperature=-1.0 must be 0 .which is greedy."),
   (["--run={}", "--prompt=a", "--top_k=many"], "invalid int value"),
   (["--run={}", "--prompt=a", "--step=30"], "--step=30 was not saved; saved: 20, 40"),
   (["--run={}", "--prompt=a", "--tensor=3"], "needs 3 devices or a multiple; this run has 8"),

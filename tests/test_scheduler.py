@@ -14,10 +14,11 @@ def next_token(tokens):
 
 
 class Device:
-  """Pages that remember which tokens were written, and refuse to make a token from any others."""
+  """Pages that remember what was written: of each token all that came before it, as keys and values do. It
+  refuses to make a token of anything else."""
 
   def __init__(self, scheduler):
-    self.scheduler, self.written, self.last = scheduler, {}, {}
+    self.scheduler, self.written, self.last, self.begun = scheduler, {}, {}, {}
 
   def run(self, plan):
     """id -> the token made."""
@@ -25,20 +26,28 @@ class Device:
     touched = collections.Counter()
 
     def feed(pages, start, tokens):
+      before = self.written[pages[(start - 1) // A], (start - 1) % A] if start else ()
       for i, token in enumerate(tokens, start):
         touched[pages[i // A], i % A] += 1
-        self.written[pages[i // A], i % A] = token
+        before = self.written[pages[i // A], i % A] = (*before, token)
 
     def look(pages, n):
-      return [self.written[pages[i // A], i % A] for i in range(n)]
+      seen = [self.written[pages[i // A], i % A] for i in range(n)]
+      assert all(each == seen[-1][:i + 1] for i, each in enumerate(seen))
+      return seen[-1]
 
     for row in plan.rows:
+      assert row.sequence.n_unknown == 1 or not row.sequence.one_by_one
       feed(row.pages, row.position, [self.last[row.slot]])
-      made[row.sequence.id] = row.slot, next_token(look(row.pages, row.position + 1))
     if (c := plan.chunk) is not None:
+      assert 0 < len(c.tokens) <= self.scheduler.chunk
+      assert c.is_first == (self.begun.get(c.slot) != (c.sequence.id, c.start))
+      self.begun[c.slot] = c.sequence.id, c.start + len(c.tokens)
       feed(c.pages, c.start, c.tokens)
-      if c.makes_token:
-        made[c.sequence.id] = c.slot, next_token(look(c.pages, c.start + len(c.tokens)))
+    for row in plan.rows:
+      made[row.sequence.id] = row.slot, next_token(look(row.pages, row.position + 1))
+    if c is not None and c.makes_token:
+      made[c.sequence.id] = c.slot, next_token(look(c.pages, c.start + len(c.tokens)))
     assert not touched or max(touched.values()) == 1 and all(page != TRASH for page, _ in touched)
     slots = [r.slot for r in plan.rows] + ([plan.chunk.slot] if plan.chunk else [])
     assert len(set(slots)) == len(slots)
@@ -134,3 +143,37 @@ def test_no_page_is_lost_or_had_twice(moves):
         pages.hold(page)
         held.append(page)
     assert pages.held == len(set(held)) and all(pages.holders(p) == held.count(p) for p in range(1, 9))
+
+
+def test_users_take_turns():
+  scheduler = Scheduler(slots=1, n_pages=20, page_size=4, chunk=8)
+  for id, user in enumerate("aaaab"):
+    scheduler.add(id, [1, 2], 1, user=user)
+  order = []
+  while (plan := scheduler.plan()) is not None:
+    order.append(plan.chunk.sequence.id)
+    scheduler.end(order[-1])
+  assert order == [0, 4, 1, 2, 3]
+
+
+def test_one_that_lost_its_pages_comes_back_when_its_tokens_are_known():
+  """Even where there is room for it at once."""
+  scheduler = Scheduler(slots=2, n_pages=7, page_size=4, chunk=8)
+  scheduler.add(0, [0] * 7, 12)
+  scheduler.add(1, [1] * 7, 12)
+  preempted = False
+  for _ in range(30):
+    plan = scheduler.plan()
+    if scheduler.counters["preemptions"] and not preempted:
+      preempted = True
+      scheduler.end(0)  # Its pages are free.
+      assert scheduler.plan() is None
+      scheduler.read(1, 5)  # All tokens but the first were unknown until now.
+      while scheduler._known[1].n_unknown:
+        scheduler.read(1, 5)
+      chunk = scheduler.plan().chunk
+      assert chunk.sequence.id == 1 and len(chunk.sequence.tokens) > 8
+      return
+    if plan is None:
+      break
+  raise AssertionError("nothing was preempted")

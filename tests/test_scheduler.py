@@ -177,3 +177,21 @@ def test_one_that_lost_its_pages_comes_back_when_its_tokens_are_known():
     if plan is None:
       break
   raise AssertionError("nothing was preempted")
+
+
+def test_a_page_is_found_by_all_that_stands_before_it():
+  scheduler = Scheduler(slots=1, n_pages=9, page_size=4, chunk=16)
+  hits = []
+  for id, prompt in enumerate(([0] * 4 + [1] * 5, [2] * 4 + [1] * 5, [0] * 4 + [1] * 5)):
+    scheduler.add(id, prompt, 1)
+    hits.append(scheduler.plan().chunk.start)
+    scheduler.end(id)
+  assert hits == [0, 0, 8]
+
+
+def test_what_is_taken_again_is_found_no_more():
+  pages = Pages(2)
+  page = pages.take()
+  pages.keep(page, b"a")
+  pages.release(page)
+  assert pages.find([b"a"]) == [page] and pages.take() == page and pages.find([b"a"]) == []

@@ -269,13 +269,16 @@ class Engine:
     if running is None or running.sampling.prompt_logprobs is None:
       return []
     n_prompt, n = len(running.request.prompt), running.sampling.prompt_logprobs
-    count = min(chunk.start + len(chunk.tokens), n_prompt - 1) - chunk.start
+    first, last = max(chunk.start, running.n_scored), min(chunk.start + len(chunk.tokens), n_prompt - 1)
     ends = chunk.start + len(chunk.tokens) == n_prompt and not running.sampling.max_tokens
-    top = [_pairs(ids[:n], logprobs[:n])
-           for ids, logprobs in zip(top_id_Cn[:max(count, 0)], top_logprob_Cn)]
     if ends:
       self.cancel(id)
-    return [Scored(id, chunk.start + 1, logprob_C[:max(count, 0)].tolist(), top, "length" if ends else None)]
+    elif last <= first:
+      return []  # It had lost its pages, and is read again.
+    new = slice(first - chunk.start, max(last, first) - chunk.start)
+    running.n_scored = max(last, first)
+    top = [_pairs(ids[:n], logprobs[:n]) for ids, logprobs in zip(top_id_Cn[new], top_logprob_Cn[new])]
+    return [Scored(id, first + 1, logprob_C[new].tolist(), top, "length" if ends else None)]
 
 
 @dataclasses.dataclass(slots=True)
@@ -283,6 +286,7 @@ class _Running:
   request: Request
   scheduler: Scheduler
   n_made: int = 0  # Tokens that were read.
+  n_scored: int = 0  # Of the prompt, those whose next token was scored.
 
   @property
   def sampling(self) -> Sampling:

@@ -27,8 +27,8 @@ import sys
 import time
 
 from data.files import replacing
-from data.flags import nearest
 from infer import tasks
+from infer.flags import parse_strictly
 
 RESULTS = "results.json"
 NO_HUB = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -85,14 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _parse(parser, argv):
-  args, unknown = parser.parse_known_args(argv)
-  if unknown:
-    near = nearest(unknown[0].partition("=")[0], parser._option_string_actions)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help"
-    raise ValueError(f"unknown argument {unknown[0]}{hint}")
-  if (args.run is None) == (args.model is None):
-    raise ValueError("give --run=DIR (a run of ours) or --model=DIR (an imported model)"
-                     + (", not both" if args.run else ""))
+  args = parse_strictly(parser, argv)
   if args.run and args.chat:
     raise ValueError("--chat is about a chat template: it goes with --model=DIR")
   if not args.tasks:
@@ -453,20 +446,10 @@ def _find_weights(run, args) -> dict:
 
 
 def _make_engine(run, args, header, stop_ids, max_length):
-  import jax
-
-  from infer.compile_cache import CompileCache
-  from infer.decode import decode_config
   from infer.engine import Engine
-  from infer.load import load_params
-  from model.sharding import make_mesh
-  CompileCache()
-  mesh = make_mesh(data=-1, tensor=args.tensor)
-  cfg = decode_config(dataclasses.replace(run.model, compute_dtype=args.compute_dtype), mesh)
-  params, step, weights, _ = load_params(run, cfg, mesh, weights=header["weights"], step=header["step"])
-  n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
-  print(f"{run.path} at step {step}: {weights}, {n_params / 1e6:.1f}M parameters, computing in "
-        f"{cfg.compute_dtype} on {mesh.size} {jax.devices()[0].device_kind}", file=sys.stderr)
+  from infer.load import load_model
+  cfg, params, mesh = load_model(run, compute_dtype=args.compute_dtype, weights=header["weights"],
+                                 step=header["step"], tensor=args.tensor)
   return Engine(cfg, params, mesh, stop_ids=stop_ids, slots=args.slots, max_length=max_length)
 
 

@@ -18,11 +18,10 @@ import contextlib
 import dataclasses
 import glob
 import json
-import math
 import pathlib
 import sys
 
-from data.flags import nearest
+from infer.flags import parse_strictly
 from infer.sampling import Sampling
 
 FIELDS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
@@ -107,14 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _parse(parser, argv):
-  args, unknown = parser.parse_known_args(argv)
-  if unknown:
-    near = nearest(unknown[0].partition("=")[0], parser._option_string_actions)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help"
-    raise ValueError(f"unknown argument {unknown[0]}{hint}")
-  if (args.run is None) == (args.model is None):
-    raise ValueError("give --run=DIR (a run of ours) or --model=DIR (an imported model)"
-                     + (", not both" if args.run else ""))
+  args = parse_strictly(parser, argv)
   if args.run and (args.raw or args.system is not None):
     name = "--raw" if args.raw else "--system"
     raise ValueError(f"{name} is about a chat template: it goes with --model=DIR")
@@ -206,27 +198,15 @@ def _read_json(line, base):
 
 
 def _load(args):
-  from infer.load import find_ends, load_params, open_chat, open_run
+  from infer.load import find_ends, load_model, open_chat, open_run
   run = open_run(args.run) if args.run else open_run(args.model, "--model")
   chat = None if args.run or args.raw else open_chat(run)
   if args.model and not args.raw and chat is None:
     raise ValueError(f"--model={args.model} has no chat template: say --raw to continue a text without one")
   stop_ids = find_ends(run, chat) if args.model else (run.tokenizer.eos_id,)
-  import jax
-
-  from infer.compile_cache import CompileCache
-  from infer.decode import Generator, decode_config
-  from model.sharding import make_mesh
-  CompileCache()
-  mesh = make_mesh(data=-1, tensor=args.tensor)
-  cfg = dataclasses.replace(run.model, compute_dtype=args.compute_dtype or run.model.compute_dtype)
-  cfg = decode_config(cfg, mesh)
-  params, step, weights, rejected = load_params(run, cfg, mesh, weights=args.weights, step=args.step)
-  for bad, reason in rejected:
-    print(f"checkpoint {bad} is damaged and passed over: {reason}", file=sys.stderr)
-  n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
-  print(f"{run.path} at step {step}: {weights}, {n_params / 1e6:.1f}M parameters, computing in "
-        f"{cfg.compute_dtype} on {mesh.size} {jax.devices()[0].device_kind}", file=sys.stderr)
+  from infer.decode import Generator
+  cfg, params, mesh = load_model(run, compute_dtype=args.compute_dtype, weights=args.weights, step=args.step,
+                                 tensor=args.tensor)
   return run, Generator(cfg, params, mesh, stop_ids=stop_ids, batch_size=args.batch_size), chat
 
 

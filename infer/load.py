@@ -1,8 +1,10 @@
 """A run's folder -> what decoding needs: the model's config, the tokenizer, the parameters."""
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,11 @@ import jax.numpy as jnp
 from data.chat import Chat, find_template
 from data.flags import from_json, nearest
 from data.tokenizer import Tokenizer, load_tokenizer
+from infer.compile_cache import CompileCache
+from infer.decode import decode_config
 from model.config import ModelConfig
 from model.hub.orbax import find_checkpoints, find_steps, restore_params
+from model.sharding import make_mesh
 from model.transformer import abstract_params, check_names
 
 WEIGHTS = ("params", "ema")
@@ -92,6 +97,29 @@ def load_params(run: Run, cfg: ModelConfig, mesh, *, weights: str | None = None,
         lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=a.sharding), abstract)
   params, meta, rejected = restore_params(path, abstract, weights)
   return params, meta["step"], weights, rejected
+
+
+def load_model(run: Run, *, compute_dtype: str | None, weights: str | None, step: int | None, tensor: int):
+  """(config, params, mesh) for decoding on all devices, `tensor` of which share each layer; says on stderr
+  what they are.
+
+  Args:
+    compute_dtype: None: the run's.
+
+  Raises:
+    ValueError, model.hub.orbax.CheckpointError: as load_params; or the model cannot be split so.
+  """
+  CompileCache()
+  mesh = make_mesh(data=-1, tensor=tensor)
+  cfg = dataclasses.replace(run.model, compute_dtype=compute_dtype or run.model.compute_dtype)
+  cfg = decode_config(cfg, mesh)
+  params, step, weights, rejected = load_params(run, cfg, mesh, weights=weights, step=step)
+  for bad, reason in rejected:
+    print(f"checkpoint {bad} is damaged and passed over: {reason}", file=sys.stderr)
+  n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+  print(f"{run.path} at step {step}: {weights}, {n_params / 1e6:.1f}M parameters, computing in "
+        f"{cfg.compute_dtype} on {mesh.size} {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
+  return cfg, params, mesh
 
 
 def keep_tokenizer(tokenizer_path, kind: str, run_path) -> None:

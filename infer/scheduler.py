@@ -76,9 +76,6 @@ class Pages:
     if key not in self._page and page not in self._key:
       self._page[key], self._key[page] = page, key
 
-  def holders(self, page: int) -> int:
-    return self._holders[page]
-
 
 def hash_page(before: bytes, tokens: list[int]) -> bytes:
   """The key of a page: it says all tokens from the first to its last."""

@@ -16,12 +16,11 @@ that dies or stands still ends the server with exit code 1.
 import argparse
 import dataclasses
 import importlib
-import math
 import re
 import sys
 import time
 
-from data.flags import nearest
+from infer.flags import parse_strictly
 from infer.listen import Options, bind, read_key
 
 # Flag -> (type, default, least, help).
@@ -97,14 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _parse(parser, argv):
-  args, unknown = parser.parse_known_args(argv)
-  if unknown:
-    near = nearest(unknown[0].partition("=")[0], parser._option_string_actions)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; see --help"
-    raise ValueError(f"unknown argument {unknown[0]}{hint}")
-  if (args.run is None) == (args.model is None):
-    raise ValueError("give --run=DIR (a run of ours) or --model=DIR (an imported model)"
-                     + (", not both" if args.run else ""))
+  args = parse_strictly(parser, argv)
   for name, (_, _, least, _) in NUMBERS.items():
     value = getattr(args, name)
     if value is not None and not least <= value < float("inf"):
@@ -121,30 +113,17 @@ def _load(args):
     ValueError: a mistake in the flags, or a folder that is not what they say.
   """
   from infer.generate import find_run
-  from infer.load import find_ends, load_params, open_chat, open_run
+  from infer.load import find_ends, load_model, open_chat, open_run
   run = open_run(find_run(args.run)) if args.run else open_run(args.model, "--model")
   chat = open_chat(run) if args.model else None
   stop_ids = find_ends(run, chat) if args.model else (run.tokenizer.eos_id,)
-  import jax
-
   from infer.app import Served
-  from infer.compile_cache import CompileCache
-  from infer.decode import decode_config
   from infer.engine import Engine, Request
   from infer.grammar import GrammarCompiler
   from infer.sampling import Sampling
   from infer.tools import CallReader, find_style
-  from model.sharding import make_mesh
-  CompileCache()
-  mesh = make_mesh(data=-1, tensor=args.tensor)
-  cfg = dataclasses.replace(run.model, compute_dtype=args.compute_dtype or run.model.compute_dtype)
-  cfg = decode_config(cfg, mesh)
-  params, step, weights, rejected = load_params(run, cfg, mesh, weights=args.weights, step=args.step)
-  for bad, reason in rejected:
-    print(f"checkpoint {bad} is damaged and passed over: {reason}", file=sys.stderr)
-  n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
-  print(f"{run.path} at step {step}: {weights}, {n_params / 1e6:.1f}M parameters, computing in "
-        f"{cfg.compute_dtype} on {mesh.size} {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
+  cfg, params, mesh = load_model(run, compute_dtype=args.compute_dtype, weights=args.weights, step=args.step,
+                                 tensor=args.tensor)
   engine = Engine(cfg, params, mesh, stop_ids=stop_ids, slots=args.slots, page_size=args.page_size,
                   n_pages=args.pages, max_length=args.max_length, prefill_chunk=args.prefill_chunk)
   began = time.perf_counter()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from infer.sampling import MOST_TOP, Sampling, Settings, measure, sample, stack_settings
+from infer.sampling import MOST_TOP, Settings, measure, sample, stack_settings
 from model.cache import init_paged_cache
 from model.kernels.paged import Where
 
@@ -66,13 +66,12 @@ def stack_inputs(samplings, starts, stop_ids, W) -> Settings:
 
 
 def empty_inputs(W, R, C, L, S, V) -> Inputs:
-  """NumPy arrays of a step for nobody, to be filled in; L pages a sequence may have."""
+  """NumPy arrays of a step for nobody, to be filled in, settings too; L pages a sequence may have."""
   M, zeros = R + bool(C), lambda *shape: np.zeros(shape, np.int32)
-  settings = stack_inputs([Sampling(temperature=0.0)] * (W * M), [0] * (W * M), (), W)
   chunk = ChunkInputs(token_WC=zeros(W, C), next_WC=zeros(W, C), start_W=zeros(W), n_W=zeros(W),
                       is_first_W=np.zeros(W, bool), counts_WV=zeros(W, V), n_top_W=zeros(W) - 1)
   return Inputs(slot_WM=zeros(W, M) + S, pos_WR=zeros(W, R), page_WML=zeros(W, M, L),
-                makes_WM=np.zeros((W, M), bool), settings=settings,
+                makes_WM=np.zeros((W, M), bool), settings=None,
                 mask_WMw=np.full((W, M, -(-V // 32)), 0xffffffff, np.uint32), chunk=chunk if C else None)
 
 

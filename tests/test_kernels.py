@@ -14,7 +14,8 @@ from jax.sharding import AxisType
 
 from configs.tiny import get_config
 from infer.decode import decode_config
-from infer.step import empty_inputs, empty_state, run_step
+from infer.sampling import Sampling
+from infer.step import empty_inputs, empty_state, run_step, stack_inputs
 from model.config import ModelConfig
 from model.kernels.attention import KERNEL, Mask
 from model.kernels.grouped import GROUPED
@@ -213,6 +214,7 @@ def test_the_engines_step_compiles(name, monkeypatch):
     weights = jax.eval_shape(lambda p: unstack(cfg, p), params)
     state = jax.eval_shape(lambda: empty_state(cfg, 2, 16, 100, 16, None))
     inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(
-      mesh, cfg.rules("batch", *[None] * (a.ndim - 1)))), empty_inputs(2, 8, 64, 16, 16, 384))
+      mesh, cfg.rules("batch", *[None] * (a.ndim - 1)))), dataclasses.replace(
+        empty_inputs(2, 8, 64, 16, 16, 384), settings=stack_inputs([Sampling()] * 18, [0] * 18, (), 2)))
     text = compiled_text(functools.partial(run_step, graphdef), weights, inputs, state)
   assert "ragged_paged_attention_kernel" in kernels_of(text)

@@ -142,7 +142,7 @@ def test_no_page_is_lost_or_had_twice(moves):
       for page in pages.find([bytes([i])]):
         pages.hold(page)
         held.append(page)
-    assert pages.held == len(set(held)) and all(pages.holders(p) == held.count(p) for p in range(1, 9))
+    assert pages.held == len(set(held)) and all(pages._holders[p] == held.count(p) for p in range(1, 9))
 
 
 def test_users_take_turns():

@@ -154,6 +154,10 @@ class Engine:
     if (running := self._requests.pop(request, None)) is not None:
       running.scheduler.end(request)
 
+  def is_waiting(self, request: int) -> bool:
+    """Whether it has no slot yet, or has lost it; False of one that has ended."""
+    return (running := self._requests.get(request)) is not None and running.scheduler.is_waiting(request)
+
   def warm_up(self) -> None:
     """Compiles every program, and runs each once on nothing."""
     most = self.row_buckets[-1]

@@ -170,6 +170,10 @@ class Scheduler:
     self._known[id] = sequence
     self._waiting.setdefault(user, collections.deque()).append(sequence)
 
+  def is_waiting(self, id: int) -> bool:
+    """Whether it has no slot yet, or none any more."""
+    return id in self._known and self._known[id].slot is None
+
   def end(self, id: int) -> None:
     """It is finished, or nobody wants it any more. The next step may have its slot and pages: what a step
     before that still writes there is written before."""

@@ -5,6 +5,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 # Seconds. Percentiles are read off these: histogram_quantile(0.95, rate(assay_ttft_seconds_bucket[5m])).
 TIMES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 METRICS = {
+  "assay_queue_wait_seconds": "from a request's arrival to the step that takes it up",
   "assay_ttft_seconds": "from a request's arrival to its first token",
   "assay_inter_token_seconds": "from one token of a text to the next",
   "assay_end_to_end_seconds": "from a request's arrival to the end of its text",
@@ -42,6 +43,7 @@ class Metrics:
                                                          registry=self.registry)
     self.ttft, self.inter_token = histogram("assay_ttft_seconds"), histogram("assay_inter_token_seconds")
     self.end_to_end = histogram("assay_end_to_end_seconds")
+    self.queue_wait = histogram("assay_queue_wait_seconds")
     counter = lambda name, labels: prometheus_client.Counter(name, METRICS[name], labels,
                                                              registry=self.registry)
     self.responses = counter("assay_http_responses", ("path", "status"))

@@ -97,7 +97,8 @@ class Worker:
     self.deadline_s, self.stuck_s = deadline_s, stuck_s
     self.state, self.fault, self.n_open = "ok", None, 0
     self.commands = queue.SimpleQueue()
-    self._known = {}  # Engine's id -> [call, index, when its last token came]; of the engine's thread.
+    # Engine's id -> [call, index, when its last token came, whether it has only waited]; of its thread.
+    self._known = {}
     self._calls = set()  # Of the loop's thread.
     self._ends = collections.deque(maxlen=64)  # When texts ended.
     self._beat, self._closed = time.monotonic(), threading.Event()
@@ -180,7 +181,9 @@ class Worker:
         self._beat = time.monotonic()
         self._obey(wait=not self._engine.has_work)
         if self._engine.has_work:
+          now = time.monotonic()
           events = self._engine.step()
+          self._note_begun(now)
           self._snapshot = (self._engine.gauges(), dict(self._engine.counters))
           self._route(events)
           self._end_late()
@@ -208,7 +211,7 @@ class Worker:
     try:
       for index, request in enumerate(call.requests):
         made.append(self._engine.submit(request))
-        self._known[made[-1]] = [call, index, None]
+        self._known[made[-1]] = [call, index, None, True]
     except ValueError as e:  # What only the engine knows, as how many pages there are.
       for id in made:
         self._engine.cancel(id)
@@ -217,12 +220,19 @@ class Worker:
       return self._tell(call.fail, refusal)
     self._tell(_accept, call)
 
+  def _note_begun(self, now):
+    """After a step that began at `now`: for whom it was the first."""
+    for id, known in self._known.items():
+      if known[3] and not self._engine.is_waiting(id):
+        known[3] = False
+        self._metrics.queue_wait.observe(now - known[0].began)
+
   def _route(self, events):
     now, batch = time.monotonic(), []
     for event in events:
       if (known := self._known.get(event.request)) is None:
         continue
-      call, index, last = known
+      call, index, last, _ = known
       batch.append((call, index, event))
       if hasattr(event, "id"):  # A Token.
         if last is None:

@@ -95,6 +95,9 @@ class FakeEngine:
     self._running.pop(request, None)
     self._waiting.pop(request, None)
 
+  def is_waiting(self, request: int) -> bool:
+    return request in self._waiting
+
   @property
   def has_work(self) -> bool:
     return bool(self._running or self._waiting)

@@ -220,6 +220,7 @@ def test_what_a_request_gets_does_not_depend_on_company():
       got.setdefault(t.request, []).append((t.id, t.logprob, t.top, t.finish))
       if t.finish:
         ended.add(t.request)
+    assert sum(map(engine.is_waiting, ids)) == engine.gauges()["waiting"]
     steps += 1
   assert engine.gauges() == {"running": 0, "waiting": 0, "pages_used": 0, "pages_total": 30}
   assert engine.counters["preemptions"] > 0

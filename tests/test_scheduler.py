@@ -166,6 +166,7 @@ def test_one_that_lost_its_pages_comes_back_when_its_tokens_are_known():
     plan = scheduler.plan()
     if scheduler.counters["preemptions"] and not preempted:
       preempted = True
+      assert scheduler.is_waiting(1) and not scheduler.is_waiting(0)
       scheduler.end(0)  # Its pages are free.
       assert scheduler.plan() is None
       scheduler.read(1, 5)  # All tokens but the first were unknown until now.
@@ -173,6 +174,7 @@ def test_one_that_lost_its_pages_comes_back_when_its_tokens_are_known():
         scheduler.read(1, 5)
       chunk = scheduler.plan().chunk
       assert chunk.sequence.id == 1 and len(chunk.sequence.tokens) > 8
+      assert not scheduler.is_waiting(1) and not scheduler.is_waiting(0)  # It runs; it has ended.
       return
     if plan is None:
       break

@@ -63,6 +63,22 @@ def test_each_call_gets_its_own_texts():
   run(test)
 
 
+def test_the_wait_for_a_slot_is_told():
+  """One slot, and steps of 50 ms: the second waits for the three of the first; a third leaves unserved."""
+  async def test(worker, engine, died):
+    first, second, third = (worker.submit([request("ab")]) for _ in range(3))
+    await first.accepted
+    await asyncio.sleep(0.01)
+    third.cancel()
+    assert await asyncio.gather(read(first), read(second)) == [[b"ab"], [b"ab"]]
+    told = dict(line.split() for line in worker._metrics.render().decode().splitlines() if line[0] != "#")
+    assert told["assay_queue_wait_seconds_count"] == "2.0"
+    assert told['assay_queue_wait_seconds_bucket{le="0.08"}'] == "1.0"
+    assert 0.12 <= float(told["assay_queue_wait_seconds_sum"]) < 1
+
+  run(test, FakeEngine(slots=1, delay=0.05))
+
+
 def test_every_metric_is_in_the_table():
   metrics = Metrics()
   told = {line.split()[2].removesuffix("_total"): line.split(maxsplit=3)[3]

@@ -30,6 +30,7 @@ class Request:
   sampling: Sampling
   grammar: object = None  # infer.grammar.Grammar: what the text must be.
   user: str = ""  # Those that wait take turns by user.
+  score_from: int = 1  # With sampling.prompt_logprobs: the first position whose token is scored.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,11 +143,15 @@ class Engine:
       raise ValueError(f"the prompt's {len(prompt)} tokens and max_tokens={sampling.max_tokens} are more "
                        f"than the {self.max_length} positions of a sequence; nearest valid max_tokens: "
                        f"{max(self.max_length - len(prompt), 0)}")
+    scores, k = sampling.prompt_logprobs is not None, request.score_from
+    if not 1 <= k <= (len(prompt) if scores else 1):
+      raise ValueError(f"score_from={k} must be in [1, {len(prompt)}], the prompt's tokens" if scores else
+                       f"score_from={k} goes with prompt_logprobs")
     id, self._next_id = self._next_id, self._next_id + 1
     scheduler = min(self.schedulers, key=lambda s: s.n_running + s.n_waiting)
     scheduler.add(id, prompt, sampling.max_tokens, user=request.user, one_by_one=request.grammar is not None,
-                  whole=sampling.prompt_logprobs is not None)
-    self._requests[id] = _Running(request, scheduler)
+                  n_findable=k - 1 if scores else None)
+    self._requests[id] = _Running(request, scheduler, n_scored=k - 1)
     return id
 
   def cancel(self, request: int) -> None:
@@ -213,7 +218,7 @@ class Engine:
     after = s.tokens[chunk.start + 1:chunk.start + 1 + n]
     inputs.next_WC[w, :len(after)] = after
     inputs.is_first_W[w] = chunk.is_first
-    if running.sampling.prompt_logprobs is not None:
+    if running.sampling.prompt_logprobs is not None and chunk.start + n >= running.request.score_from:
       inputs.n_top_W[w] = running.sampling.prompt_logprobs
     if chunk.is_first:
       prompt, made = s.tokens[:len(running.request.prompt)], s.tokens[len(running.request.prompt):]
@@ -278,7 +283,7 @@ class Engine:
     if ends:
       self.cancel(id)
     elif last <= first:
-      return []  # It had lost its pages, and is read again.
+      return []  # Nothing yet; or it had lost its pages, and is read again.
     new = slice(first - chunk.start, max(last, first) - chunk.start)
     running.n_scored = max(last, first)
     top = [_pairs(ids[:n], logprobs[:n]) for ids, logprobs in zip(top_id_Cn[new], top_logprob_Cn[new])]
@@ -290,7 +295,7 @@ class _Running:
   request: Request
   scheduler: Scheduler
   n_made: int = 0  # Tokens that were read.
-  n_scored: int = 0  # Of the prompt, those whose next token was scored.
+  n_scored: int = 0  # Of the prompt, those whose next token was scored, or is not to be.
 
   @property
   def sampling(self) -> Sampling:

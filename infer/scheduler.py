@@ -91,7 +91,7 @@ class Sequence:
   tokens: list[int]  # Of the prompt, and those made that are known.
   max_tokens: int
   one_by_one: bool  # A token is made only when the one before is known.
-  whole: bool  # Every token of the prompt is fed, whatever pages are known.
+  n_findable: int  # So many tokens of the prompt need not be fed, where pages with them are known.
   slot: int | None = None
   pages: list[int] = dataclasses.field(default_factory=list)
   keys: list[bytes] = dataclasses.field(default_factory=list)  # Of the full pages of `tokens`.
@@ -158,15 +158,21 @@ class Scheduler:
     return len(self._known) - len(self._running)
 
   def add(self, id: int, prompt: list[int], max_tokens: int, *, user: str = "", one_by_one: bool = False,
-          whole: bool = False) -> None:
-    """Raises ValueError: it is longer than all pages together."""
+          n_findable: int | None = None) -> None:
+    """Args:
+      n_findable: so many tokens of the prompt need not be fed, where pages with them are known; None: all.
+
+    Raises:
+      ValueError: it is longer than all pages together.
+    """
     needed = self._n_pages(len(prompt) + max(max_tokens - 1, 0))
     if needed > self.pages.total:
       most = max(self.pages.total * self.page_size - len(prompt) + 1, 0)
       raise ValueError(f"{len(prompt)} tokens of prompt and max_tokens={max_tokens} need {needed} pages of "
                        f"{self.page_size} tokens, and there are {self.pages.total}; nearest valid "
                        f"max_tokens: {most}")
-    sequence = Sequence(id, user, list(prompt), max_tokens, one_by_one, whole)
+    n_findable = len(prompt) if n_findable is None else n_findable
+    sequence = Sequence(id, user, list(prompt), max_tokens, one_by_one, n_findable)
     self._known[id] = sequence
     self._waiting.setdefault(user, collections.deque()).append(sequence)
 
@@ -235,8 +241,8 @@ class Scheduler:
     if not self._free_slots or s.n_unknown:
       return None
     self._add_keys(s)
-    keys = s.keys[:(len(s.tokens) - 1) // self.page_size]  # At least one token is fed.
-    found = [] if s.whole and not s.n_made else self.pages.find(keys)
+    most = len(s.tokens) if s.n_made else s.n_findable  # What was to be fed for its own sake was fed.
+    found = self.pages.find(s.keys[:min(len(s.tokens) - 1, most) // self.page_size])  # At least one is fed.
     for page in found:
       self.pages.hold(page)
     n_new = self._n_pages(len(s.tokens)) - len(found)

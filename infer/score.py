@@ -61,7 +61,7 @@ def answer(engine, tokenizer: Tokenizer, jobs: collections.abc.Iterable) -> coll
       key, asked = job
       if isinstance(asked, Score):
         sampling = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=1)
-        request = Request(prompt=asked.tokens, sampling=sampling)
+        request = Request(prompt=asked.tokens, sampling=sampling, score_from=asked.start)
         known = _Scoring(asked)
       else:
         request = Request(prompt=asked.prompt, sampling=asked.sampling)

@@ -57,7 +57,8 @@ class FakeEngine:
   def _advance(self, number, request, tokens, logprob_TV):
     scores = request.sampling.prompt_logprobs is not None
     if scores:
-      for i, start in enumerate([1, *range(1, len(tokens), self._piece)]):
+      first = request.score_from
+      for i, start in enumerate([first, *range(first, len(tokens), self._piece)]):
         at = np.arange(start, min(len(tokens), start + self._piece))
         best = logprob_TV[at - 1].argmax(axis=1)
         yield Scored(number, start, [float(logprob_TV[j - 1, tokens[j]]) for j in at],

@@ -175,6 +175,26 @@ def test_a_prompt_is_scored_once_though_its_pages_were_lost():
     assert scored == list(range(1, 60))
 
 
+def test_choices_after_one_context_read_it_once():
+  """Each with the scores that the forward pass gives, and that it gets where all of it is scored."""
+  engine, rng = make_engine("gqa"), np.random.default_rng(7)
+  context = rng.integers(0, V, 45).tolist()
+  texts = [context + rng.integers(0, V, n).tolist() for n in (3, 1, 20, 2)]
+  before, hits = dict(engine.counters), []
+  for score_from in (45, 1, 44):
+    got = run(engine, [Request(prompt=t, score_from=score_from, sampling=Sampling(
+      max_tokens=0, prompt_logprobs=1)) for t in texts])
+    hits.append(engine.counters["prefix_hit_tokens"] - before.get("prefix_hit_tokens", 0))
+    for tokens, events in zip(texts, got):
+      want = forward_logprobs("gqa", tokens)[score_from - 1:-1]
+      assert events[0].start == score_from and [e.finish for e in events] == [None] * (len(events) - 1) + [
+        "length"]
+      np.testing.assert_allclose([p for e in events for p in e.logprobs],
+                                 want[range(len(want)), tokens[score_from:]], atol=1e-4)
+      assert [top[0][0] for e in events for top in e.top] == want.argmax(-1).tolist()
+  assert hits == [3 * 44, 3 * 44, 3 * 44 + 4 * 40]
+
+
 def test_int8_pages_are_near_and_do_not_depend_on_company():
   texts = texts_of(*LENGTHS)
   engine = make_engine("gqa", cache_dtype="int8")
@@ -248,9 +268,13 @@ def test_nothing_compiles_after_warm_up():
   ([1, V], {}, f"token {V} is outside the vocabulary of {V}"),
   ([1] * 150, {"max_tokens": 60}, "nearest valid max_tokens: 50"),
   ([1], {"temperature": -1.0}, "temperature=-1"),
+  ([1, 2], {"score_from": 2}, "score_from=2 goes with prompt_logprobs"),
+  ([1, 2], {"score_from": 3, "prompt_logprobs": 0}, r"score_from=3 must be in \[1, 2\]"),
 ])
 def test_what_cannot_be_served_is_refused(prompt, changes, wrong):
   engine = make_engine("gqa")
   with pytest.raises(ValueError, match=wrong):
-    engine.submit(Request(prompt=prompt, sampling=Sampling(**changes)))
+    changes = dict(changes)
+    engine.submit(Request(prompt=prompt, score_from=changes.pop("score_from", 1),
+                          sampling=Sampling(**changes)))
   assert not engine.has_work

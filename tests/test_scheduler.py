@@ -19,6 +19,7 @@ class Device:
 
   def __init__(self, scheduler):
     self.scheduler, self.written, self.last, self.begun = scheduler, {}, {}, {}
+    self.fed = collections.defaultdict(set)  # id -> positions.
 
   def run(self, plan):
     """id -> the token made."""
@@ -44,6 +45,7 @@ class Device:
       assert c.is_first == (self.begun.get(c.slot) != (c.sequence.id, c.start))
       self.begun[c.slot] = c.sequence.id, c.start + len(c.tokens)
       feed(c.pages, c.start, c.tokens)
+      self.fed[c.sequence.id] |= set(range(c.start, c.start + len(c.tokens)))
     for row in plan.rows:
       made[row.sequence.id] = row.slot, next_token(look(row.pages, row.position + 1))
     if c is not None and c.makes_token:
@@ -71,7 +73,8 @@ def run_all(scheduler, requests, *, late=1, cancel=()):
     while arrivals and arrivals[0]["at"] <= step:
       r = arrivals.pop(0)
       if r["id"] not in ended:
-        scheduler.add(r["id"], r["prompt"], r["max_tokens"], user=r["user"], one_by_one=r["one_by_one"])
+        scheduler.add(r["id"], r["prompt"], r["max_tokens"], user=r["user"], one_by_one=r["one_by_one"],
+                      n_findable=r["n_findable"])
     for id in [id for id, at in cancel if at == step]:
       scheduler.end(id)
       ended.add(id)
@@ -88,6 +91,9 @@ def run_all(scheduler, requests, *, late=1, cancel=()):
           scheduler.end(id)
           ended.add(id)
     if not arrivals and not scheduler.n_running and not scheduler.n_waiting and not any(unread):
+      for r in requests:
+        own = set(range(r["n_findable"], len(r["prompt"]))) if r["n_findable"] is not None else set()
+        assert own <= device.fed[r["id"]] or r["id"] in dict(cancel)
       return out, n
   raise AssertionError("it never ended")
 
@@ -95,7 +101,8 @@ def run_all(scheduler, requests, *, late=1, cancel=()):
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=40)  # Few letters: many begin alike.
 a_request = st.fixed_dictionaries({
   "prompt": prompts, "max_tokens": st.integers(1, 12), "at": st.integers(0, 30),
-  "user": st.sampled_from("ab"), "one_by_one": st.booleans()})
+  "user": st.sampled_from("ab"), "one_by_one": st.booleans(),
+  "n_findable": st.none() | st.integers(0, 40)})
 
 
 @settings(max_examples=300, deadline=None)
@@ -189,6 +196,16 @@ def test_a_page_is_found_by_all_that_stands_before_it():
     hits.append(scheduler.plan().chunk.start)
     scheduler.end(id)
   assert hits == [0, 0, 8]
+
+
+def test_tokens_that_are_to_be_fed_are_not_found():
+  scheduler = Scheduler(slots=1, n_pages=9, page_size=4, chunk=16)
+  starts = []
+  for id, n_findable in enumerate((0, None, 12, 11, 8, 3)):
+    scheduler.add(id, list(range(14)), 0, n_findable=n_findable)
+    starts.append(scheduler.plan().chunk.start)
+    scheduler.end(id)
+  assert starts == [0, 12, 12, 8, 8, 0] and scheduler.counters["prefix_hit_tokens"] == sum(starts)
 
 
 def test_what_is_taken_again_is_found_no_more():

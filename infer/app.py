@@ -159,7 +159,8 @@ class Api:
 
   def _describe_model(self):
     return {"id": self._served.name, "object": "model", "created": self._created, "owned_by": "assay",
-            "max_length": self._served.max_length, "has_chat_template": self._served.chat is not None}
+            "max_length": self._served.max_length, "vocab_size": self._served.tokenizer.vocab_size,
+            "has_chat_template": self._served.chat is not None}
 
   async def _list_models(self, request):
     return JSONResponse({"object": "list", "data": [self._describe_model()]})

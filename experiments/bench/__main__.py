@@ -1,9 +1,12 @@
-"""python -m experiments.bench train|decode|data|roofline [...]: one JSON line of what this machine does,
-measured in this run.
+"""python -m experiments.bench train|decode|serve|data|roofline [...]: one JSON line of what this machine
+does, measured in this run.
 
   train [--against=torch] [--rounds=10]   the fixed case of experiments/bench/case.py through train.step; with
                                           --against, PyTorch eager takes turns with it, a step each
   decode [--batch=1,8]                    prefill and decode of the same model through infer.decode
+  serve --model=DIR                       load on infer.server: 16 clients, each asking again when its answer
+                                          has ended; --static: they wait for each other; --rate=4: four
+                                          requests a second; --url: on a server that runs; see serve --help
   data [--rows=2000]                      rows of made-up text through data.pipeline
   roofline                                two models: the step that train.roofline says of this machine, its
                                           rates measured between the steps, beside what is measured
@@ -26,6 +29,8 @@ import time
 
 import numpy as np
 
+from data.flags import nearest
+from experiments.bench.load import ServerFailed, add_flags
 from train.chips import measure_gemm
 
 WARM_UP = 2  # Steps before the first that counts.
@@ -150,6 +155,14 @@ def decode(args):
   return line | runs[-1] | {"runs": runs}
 
 
+def serve(args):
+  try:
+    from experiments.bench.serve import run
+  except ImportError as e:
+    raise ValueError(f"{e}; pip install -e '.[test]'") from None
+  return run(args)
+
+
 def data(args):
   from data.config import DataConfig, SourceConfig, TokenizerConfig
   from data.pipeline import Rows, make_batches
@@ -224,13 +237,42 @@ def _speed(seconds, tokens, gemms, flops):
 
 
 def main(argv=None):
+  try:
+    args = _parse(argv)
+  except ValueError as e:
+    print(f"experiments.bench: error: {e}", file=sys.stderr)
+    return 2
+  from data.flags import versions
+  from train.host import keep_memory
+  keep_memory()
+  try:
+    line = args.bench(args)
+  except (ValueError, ServerFailed) as e:
+    if args.bench is not serve:
+      raise
+    what = "error" if isinstance(e, ValueError) else "failed"
+    print(f"experiments.bench serve: {what}: {e}", file=sys.stderr)
+    return getattr(e, "code", 2)
+  line |= {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+           "load": os.getloadavg(), "cpus": os.cpu_count(),
+           "versions": versions(["jax", "jaxlib", "flax", "numpy"])}
+  print(json.dumps(line), flush=True)
+  for fault in line.get("faults", ()):
+    print(f"experiments.bench {line['bench']}: FAULT: {fault}", file=sys.stderr)
+  return 1 if line.get("faults") else 0
+
+
+def _parse(argv):
   parser = argparse.ArgumentParser(prog="experiments.bench", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   cases = parser.add_subparsers(dest="case", required=True)
   batches = lambda text: [int(n) for n in text.split(",")]
-  for case in (train, decode, data, roofline):
-    sub = cases.add_parser(case.__name__)
-    sub.set_defaults(run=case)
+  for case in (train, decode, serve, data, roofline):
+    sub = cases.add_parser(case.__name__, allow_abbrev=False)
+    sub.set_defaults(bench=case, parser=sub)
+    if case is serve:
+      add_flags(sub)
+      continue
     sub.add_argument("--rounds", type=int, default=10, help="steps that count")
     if case is train:
       sub.add_argument("--against", choices=["torch"], help="take turns with PyTorch eager")
@@ -238,20 +280,14 @@ def main(argv=None):
       sub.add_argument("--batch", type=batches, default=[1, 8], help="requests that run together")
     if case is data:
       sub.add_argument("--rows", type=int, default=2000)
-  args = parser.parse_args(argv)
-  if args.rounds < 10:
-    print(f"--rounds={args.rounds} must be at least 10: fewer say nothing on a noisy machine",
-          file=sys.stderr)
-    return 2
-  from data.flags import versions
-  from train.host import keep_memory
-  keep_memory()
-  line = args.run(args)
-  line |= {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-           "load": os.getloadavg(), "cpus": os.cpu_count(),
-           "versions": versions(["jax", "jaxlib", "flax", "numpy"])}
-  print(json.dumps(line), flush=True)
-  return 0
+  args, unknown = parser.parse_known_args(argv)
+  if unknown:
+    near = nearest(unknown[0].partition("=")[0], args.parser._option_string_actions)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"unknown argument {unknown[0]}{hint}")
+  if getattr(args, "rounds", 10) < 10:
+    raise ValueError(f"--rounds={args.rounds} must be at least 10: fewer say nothing on a noisy machine")
+  return args
 
 
 if __name__ == "__main__":

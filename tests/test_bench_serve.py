@@ -149,9 +149,9 @@ def test_too_many_requests_wait_as_they_are_told():
 @pytest.mark.parametrize("answer, kind", [
   (httpx.Response(400, json={"error": {"code": "invalid_value"}}), "400 invalid_value"),
   (httpx.Response(502, text="<html>"), "502"), (httpx.ConnectError("no"), "ConnectError"),
-  (httpx.Response(200, stream=Stream((1, event({"choices": [1]})), (1, event({"error": {"code": "dead"}})))),
+  (httpx.Response(200, stream=Stream((3, event({"choices": [1]})), (1, event({"error": {"code": "dead"}})))),
    "dead"),
-  (httpx.Response(200, stream=Stream((1, event({"choices": [1]})))), "cut off"),
+  (httpx.Response(200, stream=Stream((3, event({"choices": [1]})))), "cut off"),
   (httpx.Response(200, stream=Stream((1, event("{")))), "no JSON"),
   (httpx.Response(200, stream=Stream((99, b""))), "timeout"), (httpx.Response(429), "timeout")])
 def test_errors_are_counted_by_kind(answer, kind):

@@ -17,6 +17,7 @@ from experiments.bench.clients import (
   Request,
   draw_arrivals,
   draw_requests,
+  plot,
   send_closed,
   send_open,
   send_static,
@@ -114,6 +115,20 @@ def test_latencies_are_those_that_were_made():
   assert line["tokens_per_s"] == pytest.approx(500 / wall_s, abs=0.05)
   assert line["requests_per_s"] == pytest.approx(100 / wall_s, abs=1e-3)
   assert line["errors"] == {} and line["answers_429"] == 0
+
+
+def test_the_picture_holds_the_percentiles(tmp_path, monkeypatch):
+  from matplotlib.figure import Figure
+  figures, save = [], Figure.savefig
+  monkeypatch.setattr(Figure, "savefig", lambda self, path: (figures.append(self), save(self, path)))
+  seen, _ = send_all(lambda i, _: text(0.1 * (i + 1), 0.01 * (i + 1), 5), send_closed, asks(*[5] * 100), 1)
+  plot(seen, tmp_path / "x.png", "title")
+  assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+  first, between, end = figures[0].axes
+  assert first.texts[0].get_text() == "p50  5050\np95  9505\np99  9901"
+  for axes, most in ((first, 10_000), (between, 1000), (end, 14_000)):
+    assert axes.lines[0].get_ydata()[-1] == pytest.approx(most) and axes.get_ylim()[0] == 0
+    assert most <= axes.get_ylim()[1] < 1.2 * most
 
 
 def test_a_piece_may_be_more_than_a_token():

@@ -216,15 +216,15 @@ def plot(seen: list[Seen], path, title: str) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     for axes, (name, what), colour in zip(panels, names.items(), COLOURS):
       values = 1e3 * np.sort(latencies(seen)[name])
-      axes.set(title=what, xlabel="percentile", ylabel="ms", ylim=(0, None), xlim=(0, 100))
+      axes.set(title=what, xlabel="percentile", ylabel="ms")
       if not len(values):
         continue
       axes.plot(np.linspace(0, 100, len(values)), values, color=colour, linewidth=1.8)
-      for p in (50, 95, 99):
-        value = np.percentile(values, p)
-        axes.plot(p, value, marker="o", color=colour)
-        axes.annotate(f"p{p} {_short(value)}", (p, value), textcoords="offset points", xytext=(-6, 6),
-                      ha="right")
+      at = {p: np.percentile(values, p) for p in (50, 95, 99)}
+      axes.plot([*at], [*at.values()], color=colour, marker="o", linestyle="")
+      axes.text(0.04, 0.96, "\n".join(f"p{p}  {_short(value)}" for p, value in at.items()), va="top",
+                transform=axes.transAxes)
+      axes.set(xlim=(0, 101), ylim=(0, None))  # After what is drawn, which says how far they go.
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     figure.savefig(path)
     plt.close(figure)

@@ -15,10 +15,11 @@ import time
 import jax
 import numpy as np
 
+from infer.beam import BeamSearch, Hypothesis, Search
 from infer.decode import cast_params, decode_config
-from infer.sampling import MOST_STOP_IDS, Sampling
+from infer.sampling import MOST_STOP_IDS, MOST_TOP, Sampling
 from infer.scheduler import Scheduler
-from infer.step import SCORED_TOGETHER, Inputs, empty_inputs, empty_state, run_step, stack_inputs
+from infer.step import SCORED_TOGETHER, Inputs, empty_inputs, empty_state, fork, run_step, stack_inputs
 from model.config import ModelConfig
 from model.sharding import place, ways
 from model.transformer import abstract_params, unstack
@@ -31,6 +32,7 @@ class Request:
   grammar: object = None  # infer.grammar.Grammar: what the text must be.
   user: str = ""  # Those that wait take turns by user.
   score_from: int = 1  # With sampling.prompt_logprobs: the first position whose token is scored.
+  beams: BeamSearch | None = None  # Nothing is drawn; most of `sampling` must be left out.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +55,14 @@ class Scored:
   finish: str | None  # "length" where the prompt ends here and no token is made.
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+  """All that is told of a beam search."""
+  request: int
+  texts: list[Hypothesis]  # The best first.
+  finish: str  # Of the best.
+
+
 class Engine:
   """Serves many requests together, each as if it were alone.
 
@@ -63,7 +73,7 @@ class Engine:
       for event in engine.step(): ...
 
   Attributes:
-    programs: (R, C) -> the compiled step; nothing else is ever compiled.
+    programs: (R, C) -> the compiled step, and "fork"; nothing else is ever compiled.
     counters: prompt_tokens, prefix_hit_tokens, generated_tokens, preemptions, steps, compiles, compile_s.
   """
 
@@ -147,10 +157,14 @@ class Engine:
     if not 1 <= k <= (len(prompt) if scores else 1):
       raise ValueError(f"score_from={k} must be in [1, {len(prompt)}], the prompt's tokens" if scores else
                        f"score_from={k} goes with prompt_logprobs")
+    if request.beams is not None:
+      if request.grammar is not None:
+        raise ValueError("a beam search follows no grammar: leave out one of them")
+      request.beams.validate(sampling, self.stop_ids, self.slots)
     id, self._next_id = self._next_id, self._next_id + 1
     scheduler = min(self.schedulers, key=lambda s: s.n_running + s.n_waiting)
     scheduler.add(id, prompt, sampling.max_tokens, user=request.user, one_by_one=request.grammar is not None,
-                  n_findable=k - 1 if scores else None)
+                  n_findable=k - 1 if scores else None, n_beams=request.beams and request.beams.width)
     self._requests[id] = _Running(request, scheduler, n_scored=k - 1)
     return id
 
@@ -168,9 +182,10 @@ class Engine:
     most = self.row_buckets[-1]
     for shape in [(R, 0) for R in self.row_buckets] + [(most, C) for C in self.chunk_buckets]:
       self._run(self._make_inputs([], *shape), *shape)
+    self._fork([])
     jax.block_until_ready(self._state)
 
-  def step(self) -> list[Token | Scored]:
+  def step(self) -> list[Token | Scored | Found]:
     """Dispatches what can be done, and returns what the step before made."""
     plans = [scheduler.plan() for scheduler in self.schedulers]
     if any(plans):
@@ -178,6 +193,8 @@ class Engine:
       C = next(c for c in (0, *self.chunk_buckets) if c >= C)
       R = max(len(p.rows) for p in plans if p)
       R = self.row_buckets[-1] if C else next(r for r in self.row_buckets if r >= R)
+      if any(row.token is not None for p in plans if p for row in p.rows):
+        self._fork(plans)
       made = self._run(self._make_inputs(plans, R, C), R, C)
       for a in jax.tree.leaves(made):
         a.copy_to_host_async()
@@ -205,6 +222,8 @@ class Engine:
         makes = inputs.makes_WM[w, m] = m < R or part.makes_token
         running = self._requests[part.sequence.id]
         samplings[w * M + m], starts[w * M + m] = running.sampling, len(running.request.prompt)
+        if running.request.beams is not None:
+          samplings[w * M + m] = _BEAM
         if running.request.grammar is not None and makes:
           words = running.request.grammar.mask()
           inputs.mask_WMw[w, m] = 0
@@ -225,36 +244,70 @@ class Engine:
       np.add.at(inputs.counts_WV[w], made, 2)
       inputs.counts_WV[w, prompt] |= 1
 
+  def _fork(self, plans):
+    """The texts of searches go on with the tokens that were chosen, in pages of their own."""
+    slot_WN = np.full((self.n_ways, self.slots), self.slots, np.int32)
+    token_WN, from_WN, to_WN = np.zeros((3, *slot_WN.shape), np.int32)
+    for w, plan in enumerate(plans):
+      for n, row in enumerate(row for row in (plan.rows if plan else ()) if row.token is not None):
+        slot_WN[w, n], token_WN[w, n] = row.slot, row.token
+        if row.copied is not None:
+          from_WN[w, n], to_WN[w, n] = row.copied, row.pages[row.position // self.page_size]
+    arrays = [self._put(a) for a in (slot_WN, token_WN, from_WN, to_WN)]
+    self._state = self._compiled("fork", fork, 0, self._state, *arrays)
+
   def _run(self, inputs, R, C):
     inputs = jax.tree.map(self._put, inputs)
+    self._state, made = self._compiled((R, C), functools.partial(run_step, self._graphdef), 2, self._weights,
+                                       inputs, self._state)
+    return made
+
+  def _compiled(self, key, function, donated, *args):
     with jax.set_mesh(self.mesh):
-      if (R, C) not in self.programs:
+      if key not in self.programs:
         began = time.perf_counter()
-        program = jax.jit(functools.partial(run_step, self._graphdef), donate_argnums=2)
-        self.programs[R, C] = program.lower(self._weights, inputs, self._state).compile()
+        self.programs[key] = jax.jit(function, donate_argnums=donated).lower(*args).compile()
         self._counters["compiles"] += 1
         self._counters["compile_s"] += time.perf_counter() - began
-      self._state, made = self.programs[R, C](self._weights, inputs, self._state)
-    return made
+      return self.programs[key](*args)
 
   def _put(self, a):
     return jax.device_put(a, place(self.mesh, self.cfg.rules("batch", *[None] * (a.ndim - 1))))
 
   def _read(self, plans, made) -> list[Token | Scored]:
     made, events = jax.tree.map(np.asarray, made), []
+    tops = collections.defaultdict(list)  # Of searches: what is likeliest after each text.
     for w, plan in enumerate(plans):
       if plan is None:
         continue
       if plan.chunk is not None:
         events += self._read_scores(plan.chunk, *(a[w] for a in made.scored_WC))
       for m, part in [*enumerate(plan.rows), *([(-1, plan.chunk)] if plan.chunk else [])]:
-        if m >= 0 or part.makes_token:
-          events += self._read_token(part.sequence.id, *(a[w, m] for a in made.drawn_WM))
+        id, drawn = part.sequence.id, [a[w, m] for a in made.drawn_WM]
+        if not (m >= 0 or part.makes_token) or id not in self._requests:
+          continue  # It had ended.
+        if (beams := self._requests[id].request.beams) is None:
+          events += self._read_token(id, *drawn)
+          continue
+        if m < 0:
+          self._requests[id].search = Search(beams, self._requests[id].sampling, self.stop_ids)
+        tops[id].append([each for each in _pairs(*drawn[2:]) if each[0] < self.cfg.vocab_size])
+    for id, top in tops.items():
+      events += self._read_beams(id, top)
     return events
 
+  def _read_beams(self, id, tops):
+    running = self._requests[id]
+    if (beams := running.search.push(tops)) is not None:
+      running.scheduler.fork(id, beams)
+      return []
+    self.cancel(id)
+    texts = running.search.ended[:running.request.beams.n]
+    self._counters["generated_tokens"] += sum(len(text.tokens) for text in texts)
+    return [Found(id, texts, texts[0].finish)]
+
   def _read_token(self, id, token, logprob, top_id_n, top_logprob_n):
-    if (running := self._requests.get(id)) is None:
-      return []  # It had ended.
+    running = self._requests[id]
     token, running.n_made = int(token), running.n_made + 1
     finish = None
     if token in self.stop_ids or token in running.sampling.stop_ids:
@@ -296,13 +349,14 @@ class _Running:
   scheduler: Scheduler
   n_made: int = 0  # Tokens that were read.
   n_scored: int = 0  # Of the prompt, those whose next token was scored, or is not to be.
+  search: Search | None = None
 
   @property
   def sampling(self) -> Sampling:
     return self.request.sampling
 
 
-_OFF = Sampling(temperature=0.0)
+_OFF, _BEAM = Sampling(temperature=0.0), Sampling(temperature=0.0, logprobs=MOST_TOP)
 
 
 def _pairs(ids, logprobs):

@@ -9,6 +9,7 @@ import array
 import collections
 import dataclasses
 import hashlib
+import itertools
 
 TRASH = 0  # The page of rows without a request.
 
@@ -61,6 +62,9 @@ class Pages:
     self._idle.pop(page, None)
     self._holders[page] += 1
 
+  def is_shared(self, page: int) -> bool:
+    return self._holders[page] > 1
+
   def release(self, page: int) -> None:
     assert self._holders[page] > 0, f"page {page} is held by none"
     self._holders[page] -= 1
@@ -92,23 +96,31 @@ class Sequence:
   max_tokens: int
   one_by_one: bool  # A token is made only when the one before is known.
   n_findable: int  # So many tokens of the prompt need not be fed, where pages with them are known.
-  slot: int | None = None
-  pages: list[int] = dataclasses.field(default_factory=list)
+  n_beams: int | None  # Most texts of its search, all of one length; None: it is none.
+  slots: list[int] = dataclasses.field(default_factory=list)  # As many, or one, while it runs.
+  tables: list[list[int]] = dataclasses.field(default_factory=list)  # The pages of each of its texts.
+  given: list[int] = dataclasses.field(default_factory=list)  # The last tokens of a search's texts.
   keys: list[bytes] = dataclasses.field(default_factory=list)  # Of the full pages of `tokens`.
   n_found: int = 0  # Tokens in pages that were there already.
   n_read: int = 0
   n_fed: int = 0  # Tokens whose keys and values the steps planned so far write.
   n_made: int = 0  # Tokens that the steps planned so far make.
-  n_unknown: int = 0  # Of them, those that `Scheduler.read` was not told.
+  n_unknown: int = 0  # Of them, those that `Scheduler.read` or `fork` was not told.
+
+  @property
+  def n_slots(self) -> int:
+    return self.n_beams or 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-  """A running request makes a token: its last one is fed at `position`."""
+  """A running request, or a text of its search, makes a token: its last one is fed at `position`."""
   sequence: Sequence
   slot: int
   position: int
   pages: list[int]
+  token: int | None = None  # The last one, where it is not what was made in this slot.
+  copied: int | None = None  # The page that the position is in first becomes a copy of this one.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,34 +170,40 @@ class Scheduler:
     return len(self._known) - len(self._running)
 
   def add(self, id: int, prompt: list[int], max_tokens: int, *, user: str = "", one_by_one: bool = False,
-          n_findable: int | None = None) -> None:
+          n_findable: int | None = None, n_beams: int | None = None) -> None:
     """Args:
       n_findable: so many tokens of the prompt need not be fed, where pages with them are known; None: all.
+      n_beams: most texts of a search, of which `fork` tells what goes on; one that loses its pages begins
+        again.
 
     Raises:
       ValueError: it is longer than all pages together.
     """
-    needed = self._n_pages(len(prompt) + max(max_tokens - 1, 0))
+    n_shared = len(prompt) // self.page_size
+    each = self._n_pages(len(prompt) + max(max_tokens - 1, 0)) - n_shared
+    needed = n_shared + each * (n_beams or 1)
     if needed > self.pages.total:
-      most = max(self.pages.total * self.page_size - len(prompt) + 1, 0)
-      raise ValueError(f"{len(prompt)} tokens of prompt and max_tokens={max_tokens} need {needed} pages of "
-                       f"{self.page_size} tokens, and there are {self.pages.total}; nearest valid "
+      room = n_shared + max(self.pages.total - n_shared, 0) // (n_beams or 1)
+      most = max(room * self.page_size - len(prompt) + 1, 0)
+      beams = f" in {n_beams} beams" if n_beams else ""
+      raise ValueError(f"{len(prompt)} tokens of prompt and max_tokens={max_tokens}{beams} need {needed} "
+                       f"pages of {self.page_size} tokens, and there are {self.pages.total}; nearest valid "
                        f"max_tokens: {most}")
     n_findable = len(prompt) if n_findable is None else n_findable
-    sequence = Sequence(id, user, list(prompt), max_tokens, one_by_one, n_findable)
+    sequence = Sequence(id, user, list(prompt), max_tokens, one_by_one or bool(n_beams), n_findable, n_beams)
     self._known[id] = sequence
     self._waiting.setdefault(user, collections.deque()).append(sequence)
 
   def is_waiting(self, id: int) -> bool:
     """Whether it has no slot yet, or none any more."""
-    return id in self._known and self._known[id].slot is None
+    return id in self._known and not self._known[id].slots
 
   def end(self, id: int) -> None:
     """It is finished, or nobody wants it any more. The next step may have its slot and pages: what a step
     before that still writes there is written before."""
     if (s := self._known.pop(id, None)) is None:
       return
-    if s.slot is not None:
+    if s.slots:
       self._leave(s)
     elif s in self._preempted:
       self._preempted.remove(s)
@@ -201,22 +219,39 @@ class Scheduler:
       s.n_unknown -= 1
       self._keep_full_pages(s)
 
+  def fork(self, id: int, beams: list[tuple[int, int]]) -> None:
+    """A planned step has made tokens of a search's texts, and (which of them, by which token) go on. They
+    share the pages of what they go on from; the last one, if it is not full, until it is written to."""
+    if (s := self._known.get(id)) is None:
+      return
+    s.n_unknown -= 1
+    if not s.slots:
+      return  # It has lost its pages since.
+    before, s.tables = s.tables, [s.tables[parent] for parent, _ in beams]
+    s.given = [token for _, token in beams]
+    for page in itertools.chain(*s.tables):
+      self.pages.hold(page)
+    for page in itertools.chain(*before):
+      self.pages.release(page)
+
   def plan(self) -> Plan | None:
     """What the next step does, taken as done. None: there is nothing to do before a token is known."""
-    rows = [s for s in list(self._running.values()) if self._can_make(s) and self._grow(s)]
+    rows = [(s, copied) for s in list(self._running.values())
+            if self._can_make(s) and (copied := self._grow(s)) is not None]
     chunk = self._plan_chunk()
-    rows = [self._feed(s) for s in rows]
+    rows = [row for s, copied in rows for row in self._feed(s, copied)]
     return Plan(rows, chunk) if rows or chunk is not None else None
 
   def _can_make(self, s):
     """Its own turn; not of one that lost its slot in this plan to a request before it."""
-    return (s.slot is not None and s.n_fed >= s.n_read and s.n_made < s.max_tokens
+    return (s.slots and s.n_fed >= s.n_read and s.n_made < s.max_tokens
             and not (s.one_by_one and s.n_unknown))
 
-  def _feed(self, s):
-    row = Row(s, s.slot, s.n_fed, s.pages)
+  def _feed(self, s, copied):
+    given = s.given or [None]
+    rows = [Row(s, slot, s.n_fed, *each) for slot, *each in zip(s.slots, s.tables, given, copied)]
     s.n_fed, s.n_made, s.n_unknown = s.n_fed + 1, s.n_made + 1, s.n_unknown + 1
-    return row
+    return rows
 
   def _plan_chunk(self):
     s = next((s for s in self._running.values() if s.n_fed < s.n_read), None) or self._admit()
@@ -228,7 +263,7 @@ class Scheduler:
     if makes:
       s.n_made, s.n_unknown = s.n_made + 1, s.n_unknown + 1
     self._keep_full_pages(s)
-    return Chunk(s, s.slot, start, s.tokens[start:s.n_fed], s.pages, start == s.n_found, makes)
+    return Chunk(s, s.slots[0], start, s.tokens[start:s.n_fed], s.tables[0], start == s.n_found, makes)
 
   def _admit(self):
     """The next request gets a slot, and pages for all its tokens; None: there is none, or no room."""
@@ -238,7 +273,7 @@ class Scheduler:
       s = next(iter(self._waiting.values()))[0]
     else:
       return None
-    if not self._free_slots or s.n_unknown:
+    if len(self._free_slots) < s.n_slots or s.n_unknown:
       return None
     self._add_keys(s)
     most = len(s.tokens) if s.n_made else s.n_findable  # What was to be fed for its own sake was fed.
@@ -246,11 +281,13 @@ class Scheduler:
     for page in found:
       self.pages.hold(page)
     n_new = self._n_pages(len(s.tokens)) - len(found)
-    if n_new + len(self._running) > self.pages.available:  # One each is left for those that run.
+    n_next = sum(r.n_slots for r in self._running.values())  # One each is left for those that run.
+    if n_new + n_next > self.pages.available:
       for page in found:
         self.pages.release(page)
       return None
-    s.slot, s.pages = self._free_slots.pop(), found + [self.pages.take() for _ in range(n_new)]
+    s.slots = [self._free_slots.pop() for _ in range(s.n_slots)]
+    s.tables, s.given = [found + [self.pages.take() for _ in range(n_new)]], []
     s.n_read, s.n_found = len(s.tokens), len(found) * self.page_size
     s.n_fed = s.n_found
     if self._preempted:
@@ -270,25 +307,33 @@ class Scheduler:
       del self._waiting[user]
 
   def _grow(self, s):
-    """Whether it has a page for its next token, if need be that of the request that was admitted last."""
-    while s.n_fed >= len(s.pages) * self.page_size:
-      if self.pages.available:
-        s.pages = [*s.pages, self.pages.take()]
+    """Gives each of its texts a page of its own for the next token, if need be that of the request that was
+    admitted last. Returns of which page each of them is to become a copy; None: it is itself the last."""
+    at, copied = s.n_fed // self.page_size, [None] * len(s.tables)
+    for i, table in enumerate(s.tables):
+      if at < len(table) and not self.pages.is_shared(table[at]):
         continue
-      last = next(reversed(self._running.values()))
-      self._leave(last)
-      self._preempted.appendleft(last)
-      self.counters["preemptions"] += 1
-      if last is s:
-        return False
-    return True
+      while not self.pages.available:
+        last = next(reversed(self._running.values()))
+        self._leave(last)
+        self._preempted.appendleft(last)
+        self.counters["preemptions"] += 1
+        if last is s:
+          return None
+      s.tables[i] = [*table[:at], self.pages.take()]
+      if at < len(table):
+        copied[i] = table[at]
+        self.pages.release(table[at])
+    return copied
 
   def _leave(self, s):
-    for page in s.pages:
+    for page in itertools.chain(*s.tables):
       self.pages.release(page)
-    self._free_slots.append(s.slot)
+    self._free_slots += s.slots
     del self._running[s.id]
-    s.slot, s.pages, s.n_fed, s.n_read = None, [], 0, 0
+    s.slots, s.tables, s.n_fed, s.n_read = [], [], 0, 0
+    if s.n_beams:
+      s.n_made = 0
 
   def _add_keys(self, s):
     while (len(s.keys) + 1) * self.page_size <= len(s.tokens) and self._keep_prefixes:
@@ -297,7 +342,7 @@ class Scheduler:
 
   def _keep_full_pages(self, s):
     self._add_keys(s)
-    for page, key in zip(s.pages[:s.n_fed // self.page_size], s.keys):
+    for page, key in zip(next(iter(s.tables), [])[:s.n_fed // self.page_size], s.keys):
       self.pages.keep(page, key)
 
   def _n_pages(self, n_tokens):

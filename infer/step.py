@@ -122,6 +122,18 @@ def run_step(graphdef, weights, inputs: Inputs, state: State) -> tuple[State, Ma
   return State(caches, token_WS, counts_WSV), Made(drawn_WM, scored_WC)
 
 
+def fork(state: State, slot_WN, token_WN, from_WN, to_WN) -> State:
+  """Says the last token of slots, and copies whole pages; slot S and page 0 are nobody's."""
+  def local(state, slot_1N, token_1N, from_1N, to_1N):
+    copy = lambda a: a.at[0, to_1N[0]].set(a[0, from_1N[0]])
+    return State(jax.tree.map(copy, state.caches), state.token_WS.at[0, slot_1N[0]].set(token_1N[0]),
+                 state.counts_WSV)
+
+  args = state, slot_WN, token_WN, from_WN, to_WN
+  specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, args)
+  return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+
+
 def _each_way(rules, f):
   """f on each way of the batch, without its leading dim."""
   def local(*args):

@@ -7,10 +7,18 @@ from hypothesis import strategies as st
 
 from infer.scheduler import TRASH, Pages, Scheduler
 
+NO_SEARCH = {"user": "a", "one_by_one": False, "n_findable": None, "n_beams": None}
+
 
 def next_token(tokens):
   """Of the made-up model: a function of all tokens before."""
   return hash(tuple(tokens)) % 50
+
+
+def next_beams(texts, width):
+  """(which text, by which token) of each that a made-up search goes on with."""
+  n = hash(tuple(texts))
+  return [((n >> 3 * i) % len(texts), (n >> 5 * i) % 50) for i in range(1 + n % width)]
 
 
 class Device:
@@ -22,7 +30,7 @@ class Device:
     self.fed = collections.defaultdict(set)  # id -> positions.
 
   def run(self, plan):
-    """id -> the token made."""
+    """id -> the token made; of a search, what came before each of its tokens."""
     made, A = {}, self.scheduler.page_size
     touched = collections.Counter()
 
@@ -37,8 +45,15 @@ class Device:
       assert all(each == seen[-1][:i + 1] for i, each in enumerate(seen))
       return seen[-1]
 
+    copies = {(row.pages[row.position // A], i): self.written.get((row.copied, i))
+              for row in plan.rows if row.copied is not None for i in range(A)}
+    assert len(copies) == A * sum(row.copied is not None for row in plan.rows)
+    self.written |= copies
     for row in plan.rows:
       assert row.sequence.n_unknown == 1 or not row.sequence.one_by_one
+      assert (row.token is not None) == bool(row.sequence.n_beams)
+      if row.token is not None:
+        self.last[row.slot] = row.token
       feed(row.pages, row.position, [self.last[row.slot]])
     if (c := plan.chunk) is not None:
       assert 0 < len(c.tokens) <= self.scheduler.chunk
@@ -46,16 +61,23 @@ class Device:
       self.begun[c.slot] = c.sequence.id, c.start + len(c.tokens)
       feed(c.pages, c.start, c.tokens)
       self.fed[c.sequence.id] |= set(range(c.start, c.start + len(c.tokens)))
-    for row in plan.rows:
-      made[row.sequence.id] = row.slot, next_token(look(row.pages, row.position + 1))
+    searched = collections.defaultdict(list)
+    made_by = [(row, row.position + 1) for row in plan.rows]
     if c is not None and c.makes_token:
-      made[c.sequence.id] = c.slot, next_token(look(c.pages, c.start + len(c.tokens)))
+      made_by.append((c, c.start + len(c.tokens)))
+    for part, n in made_by:
+      text = look(part.pages, n)
+      if part.sequence.n_beams:
+        searched[part.sequence.id].append(text)
+        self.last[part.slot] = None
+      else:
+        made[part.sequence.id] = part.slot, next_token(text)
     assert not touched or max(touched.values()) == 1 and all(page != TRASH for page, _ in touched)
     slots = [r.slot for r in plan.rows] + ([plan.chunk.slot] if plan.chunk else [])
     assert len(set(slots)) == len(slots)
     for slot, token in made.values():
       self.last[slot] = token
-    return {id: token for id, (_, token) in made.items()}
+    return {id: token for id, (_, token) in made.items()} | searched
 
 
 def alone(prompt, max_tokens):
@@ -63,6 +85,13 @@ def alone(prompt, max_tokens):
   for _ in range(max_tokens):
     tokens.append(next_token(tokens))
   return tokens[len(prompt):]
+
+
+def search_alone(prompt, max_tokens, width):
+  texts = [tuple(prompt)]
+  for _ in range(max_tokens):
+    texts = [(*texts[i], token) for i, token in next_beams(texts, width)]
+  return texts
 
 
 def run_all(scheduler, requests, *, late=1, cancel=()):
@@ -74,7 +103,7 @@ def run_all(scheduler, requests, *, late=1, cancel=()):
       r = arrivals.pop(0)
       if r["id"] not in ended:
         scheduler.add(r["id"], r["prompt"], r["max_tokens"], user=r["user"], one_by_one=r["one_by_one"],
-                      n_findable=r["n_findable"])
+                      n_findable=r["n_findable"], n_beams=r["n_beams"])
     for id in [id for id, at in cancel if at == step]:
       scheduler.end(id)
       ended.add(id)
@@ -83,6 +112,15 @@ def run_all(scheduler, requests, *, late=1, cancel=()):
     unread.append(device.run(plan) if plan else {})
     while len(unread) > late or (unread and plan is None):
       for id, token in unread.popleft().items():
+        if isinstance(token, list):
+          r = next(r for r in requests if r["id"] == id)
+          beams = next_beams(token, r["n_beams"])
+          scheduler.fork(id, beams)
+          if id not in ended and len(token[0]) + 1 == len(r["prompt"]) + r["max_tokens"]:
+            out[id] = [(*token[i], new) for i, new in beams]
+            scheduler.end(id)
+            ended.add(id)
+          continue
         scheduler.read(id, token)
         if id in ended:
           continue
@@ -102,7 +140,7 @@ prompts = st.lists(st.integers(0, 2), min_size=1, max_size=40)  # Few letters: m
 a_request = st.fixed_dictionaries({
   "prompt": prompts, "max_tokens": st.integers(1, 12), "at": st.integers(0, 30),
   "user": st.sampled_from("ab"), "one_by_one": st.booleans(),
-  "n_findable": st.none() | st.integers(0, 40)})
+  "n_findable": st.none() | st.integers(0, 40), "n_beams": st.none()})
 
 
 @settings(max_examples=300, deadline=None)
@@ -118,6 +156,30 @@ def test_every_request_gets_what_it_would_get_alone(requests, slots, n_pages, ch
     want = alone(r["prompt"], r["max_tokens"])
     assert out[r["id"]] == want or r["id"] in cancelled and out[r["id"]] == want[:len(out[r["id"]])]
   assert scheduler.pages.held == 0 and scheduler.pages.available == n_pages - 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(a_request, max_size=4), st.lists(st.tuples(prompts, st.integers(1, 9), st.integers(0, 20),
+                                                           st.integers(1, 4)), min_size=1, max_size=4),
+       st.integers(4, 8), st.integers(0, 12), st.integers(1, 17), st.booleans(), st.integers(1, 3),
+       st.sets(st.tuples(st.integers(0, 7), st.integers(0, 60)), max_size=2))
+def test_every_search_gets_what_it_would_get_alone(requests, searches, slots, n_spare, chunk, keep, late,
+                                                   cancel):
+  """Its texts go on from what they went on from, whatever is shared, copied and lost."""
+  requests = requests + [{**NO_SEARCH, "prompt": prompt, "max_tokens": n, "at": at, "n_beams": width}
+                         for prompt, n, at, width in searches]
+  requests = [{**r, "id": i} for i, r in enumerate(requests)]
+  n_needed = lambda r: len(r["prompt"]) // 4 + (r["n_beams"] or 1) * (
+    -(-(len(r["prompt"]) + r["max_tokens"]) // 4) - len(r["prompt"]) // 4)
+  scheduler = Scheduler(slots=slots, n_pages=max(map(n_needed, requests)) + n_spare + 1, page_size=4,
+                        chunk=chunk, keep_prefixes=keep)
+  out, _ = run_all(scheduler, requests, late=late, cancel=cancel)
+  for r in requests:
+    if r["id"] not in dict(cancel):
+      args = r["prompt"], r["max_tokens"]
+      assert out[r["id"]] == (search_alone(*args, r["n_beams"]) if r["n_beams"] else alone(*args))
+  assert scheduler.pages.held == 0 and not any(scheduler.pages._holders)
+  assert len(scheduler._free_slots) == slots
 
 
 @settings(max_examples=50, deadline=None)
@@ -150,6 +212,13 @@ def test_no_page_is_lost_or_had_twice(moves):
         pages.hold(page)
         held.append(page)
     assert pages.held == len(set(held)) and all(pages._holders[p] == held.count(p) for p in range(1, 9))
+
+
+def test_a_search_needs_pages_for_all_its_texts():
+  scheduler = Scheduler(slots=3, n_pages=12, page_size=4, chunk=8)
+  with pytest.raises(ValueError, match="max_tokens=12 in 3 beams need 13 pages.*nearest valid max_tokens: 11"):
+    scheduler.add(0, [0] * 6, 12, n_beams=3)
+  scheduler.add(0, [0] * 6, 11, n_beams=3)
 
 
 def test_users_take_turns():

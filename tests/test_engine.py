@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from infer.beam import BeamSearch
 from infer.engine import Engine, Request, Scored
 from infer.sampling import Sampling
 from model.config import ModelConfig
@@ -64,6 +65,16 @@ def forward_logprobs(case, tokens):
   with jax.set_mesh(mesh):
     put = jax.device_put(rows, jax.NamedSharding(mesh, jax.P(("data", "fsdp", "expert"), None)))
     return np.asarray(_forward(case)(params_of(case)[2], put))[0, :len(tokens)]
+
+
+def plain_beams(case, prompt, width, n):
+  """[(tokens, sum)] by the forward pass over whole texts; nothing ends before n tokens."""
+  texts = [([], 0.0)]
+  for _ in range(n):
+    texts = [([*tokens, token], total + logprob) for tokens, total in texts
+             for token, logprob in enumerate(forward_logprobs(case, prompt + tokens)[-1].tolist())]
+    texts = sorted(texts, key=lambda text: -text[1])[:width]
+  return texts
 
 
 class Forced:
@@ -145,6 +156,10 @@ def test_on_a_mesh_too(case, sizes):
   mesh, texts = make_mesh(**sizes, devices=jax.devices()[:n]), texts_of(*LENGTHS)
   for (tokens, _), got in zip(texts, forced_logprobs(make_engine(case, mesh), texts)):
     np.testing.assert_allclose(got, forward_logprobs(case, tokens)[:-1], atol=1e-4)
+  prompts = [texts[4][0][:n] for n in (7, 12, 13)]
+  for prompt, (found,) in zip(prompts, run(make_engine(case, mesh), [Request(
+      prompt=p, beams=BeamSearch(width=2, n=2), sampling=Sampling(max_tokens=6)) for p in prompts])):
+    assert [list(text.tokens) for text in found.texts] == [t for t, _ in plain_beams(case, prompt, 2, 6)]
 
 
 def test_after_prefix_hits_eviction_and_preemption():
@@ -258,8 +273,10 @@ def test_nothing_compiles_after_warm_up():
                   prefill_chunk=16)
   engine.warm_up()
   before = engine.counters["compiles"]
-  assert before == len(engine.programs) == len(engine.row_buckets) + len(engine.chunk_buckets)
-  run(engine, mixed_requests(30, seed=3))
+  assert before == len(engine.programs) == len(engine.row_buckets) + len(engine.chunk_buckets) + 1
+  searches = [Request(prompt=[i] * 9, beams=BeamSearch(width=3), sampling=Sampling(max_tokens=9))
+              for i in range(3)]
+  run(engine, mixed_requests(30, seed=3) + searches)
   assert engine.counters["compiles"] == before and engine.counters["steps"] > 50
 
 

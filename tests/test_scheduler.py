@@ -216,7 +216,7 @@ def test_no_page_is_lost_or_had_twice(moves):
 
 def test_a_search_needs_pages_for_all_its_texts():
   scheduler = Scheduler(slots=3, n_pages=12, page_size=4, chunk=8)
-  with pytest.raises(ValueError, match="max_tokens=12 in 3 beams need 13 pages.*nearest valid max_tokens: 11"):
+  with pytest.raises(ValueError, match="12 in 3 beams need 13 pages.*nearest valid max_tokens: 11"):
     scheduler.add(0, [0] * 6, 12, n_beams=3)
   scheduler.add(0, [0] * 6, 11, n_beams=3)
 

@@ -1,4 +1,5 @@
 """The engine: every token is the model's, whatever else runs, wherever pages, chunks and meshes cut."""
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 
 from infer.beam import BeamSearch
 from infer.engine import Engine, Request, Scored
-from infer.sampling import Sampling
+from infer.sampling import Sampling, sample, stack_settings
 from model.config import ModelConfig
 from model.sharding import make_mesh
 from model.transformer import init_params
@@ -53,13 +54,18 @@ def _forward(case):
   def run(params, tokens_BT):
     model = nnx.merge(graphdef, params)
     pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return jax.nn.log_softmax(model.logits(model(tokens_BT, pos_BT, jnp.ones_like(pos_BT))[0])[..., :V])
+    return model.logits(model(tokens_BT, pos_BT, jnp.ones_like(pos_BT))[0])[..., :V]
 
   return jax.jit(run)
 
 
 def forward_logprobs(case, tokens):
   """[T, V] of the training forward pass."""
+  logits_TV = forward_logits(case, tokens).astype(np.float64)
+  return logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+
+
+def forward_logits(case, tokens):
   mesh, rows = mesh_of("one"), np.zeros((1, 200), np.int32)
   rows[0, :len(tokens)] = tokens
   with jax.set_mesh(mesh):
@@ -238,7 +244,7 @@ def mixed_requests(n, seed=0):
 
 def test_what_a_request_gets_does_not_depend_on_company():
   """Forty together, in few pages and known late, against each alone; ten are cancelled on the way."""
-  engine = make_engine("gqa", n_pages=30)
+  engine = make_engine("gqa", n_pages=30, stop_ids=(7,))
   requests = mixed_requests(40)
   alone = [[(t.id, t.logprob, t.top, t.finish) for t in run(engine, [r])[0]] for r in requests]
   got, steps, rng = {}, 0, np.random.default_rng(1)
@@ -266,6 +272,50 @@ def test_what_a_request_gets_does_not_depend_on_company():
       assert (token, finish) == (other[0], other[3]) and [i for i, _ in top] == [i for i, _ in other[2]]
       np.testing.assert_allclose([logprob, *(x for _, x in top)],
                                  [other[1], *(x for _, x in other[2])], atol=1e-5)
+
+
+_sample = jax.jit(functools.partial(sample, n_top=0))
+
+
+def drawn_alone(request, stop_ids):
+  """(tokens, finish), each token drawn by infer.sampling after a forward pass over the whole text."""
+  s, n, made = request.sampling, len(request.prompt), []
+  settings, any_token = stack_settings([s], n, stop_ids), np.full((1, 1), 0xffffffff, np.uint32)
+  while len(made) < s.max_tokens:
+    logits_1V = forward_logits("gqa", [*request.prompt, *made])[-1:]
+    counts_V = 2 * np.bincount(made, minlength=V) + np.isin(np.arange(V), request.prompt)
+    counts_1V = counts_V[None].astype(np.int32)
+    drawn = _sample(logits_1V, counts_1V, any_token, np.array([n + len(made)]), settings)
+    made.append(int(drawn.token_B[0]))
+    if made[-1] in (*stop_ids, *s.stop_ids):
+      return made, "stop"
+  return made, "length"
+
+
+def test_each_is_drawn_by_its_settings_from_the_forward_pass():
+  """With slots and pages that others had, and pages that are lost on the way."""
+  engine = make_engine("gqa", n_pages=30, stop_ids=(7,))
+  requests = [dataclasses.replace(r, sampling=dataclasses.replace(
+    r.sampling, min_tokens=min(i % 8, r.sampling.max_tokens), logit_bias=((i % V, 3.0),)))
+    for i, r in enumerate(mixed_requests(20, seed=5))]
+  before = engine.counters.get("preemptions", 0)
+  for request, events in zip(requests, run(engine, requests)):
+    assert ([t.id for t in events], events[-1].finish) == drawn_alone(request, (7,))
+  assert engine.counters["preemptions"] > before
+
+
+def test_a_chunk_is_padded_past_the_last_page():
+  texts = texts_of((200, 199))
+  np.testing.assert_allclose(forced_logprobs(make_engine("gqa"), texts)[0],
+                             forward_logprobs("gqa", texts[0][0])[:-1], atol=1e-4)
+
+
+def test_what_others_left_in_pages_reaches_nothing():
+  engine, texts = make_engine("gqa", n_pages=44, keep_prefixes=False), texts_of((150, 131), (21, 3))
+  caches = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), engine._state.caches)
+  engine._state = dataclasses.replace(engine._state, caches=caches)
+  for (tokens, _), got in zip(texts, forced_logprobs(engine, texts)):
+    np.testing.assert_allclose(got, forward_logprobs("gqa", tokens)[:-1], atol=1e-4)
 
 
 def test_nothing_compiles_after_warm_up():

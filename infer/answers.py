@@ -4,6 +4,7 @@ import dataclasses
 import json
 import secrets
 import time
+import types
 
 from infer.protocol import Ask
 from infer.text import Reader
@@ -113,6 +114,14 @@ class Choice:
     self.whole.calls += delta.calls
     self.whole.finish = delta.finish
     return delta
+
+
+def push_found(choices: list[Choice], found) -> None:
+  """What a beam search found: a choice each."""
+  for choice, text in zip(choices, found.texts):
+    for i, (token, logprob) in enumerate(zip(text.tokens, text.logprobs), 1):
+      finish = text.finish if i == len(text.tokens) else None
+      choice.push(types.SimpleNamespace(id=token, logprob=logprob, top=(), finish=finish))
 
 
 class Writer:

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from infer.answers import Choice, Writer, event_bytes
+from infer.answers import Choice, Writer, event_bytes, push_found
 from infer.fields import Refusal
 from infer.openapi import describe_api
 from infer.protocol import Ask, Limits, fit_tokens, read_chat, read_completion, read_json
@@ -32,7 +32,8 @@ class Served:
   """A model, and what turns requests into what its engine takes.
 
   Attributes:
-    make_request: (prompt ids, Sampling's fields, grammar or None, user) -> the engine's Request.
+    make_request: (prompt ids, Sampling's fields, grammar or None, user, beams=BeamSearch's) -> the engine's
+    Request.
     chat: data.chat.Chat, or None where the model has no template.
     grammars: infer.grammar.GrammarCompiler, or None: then no text is constrained.
     tools: names of functions -> infer.tools.CallReader, or None: then no tool is called.
@@ -209,6 +210,9 @@ class Api:
     for name, ids in self._encode(ask):
       prompts.append(ids := [*ids, *forced])
       settings = ask.settings | {"max_tokens": fit_tokens(ask, len(ids), self._limits, name)}
+      if ask.beams:
+        requests.append(served.make_request(ids, settings, None, ask.user, beams=ask.beams))
+        continue
       requests += [served.make_request(ids, settings | {"seed": seed}, self._compile(ask), ask.user)
                    for seed in seeds]
     return prompts, requests, opening
@@ -292,6 +296,10 @@ class Answer:
   async def _deltas(self, call):
     """(index, Delta) by and by. Raises Refusal: the rest is not coming."""
     async for index, event in call:
+      if self._ask.beams:
+        push_found(self._choices[index * self._ask.n:], event)
+        yield index, None
+        continue
       choice = self._choices[index]
       if choice.stopped:
         continue

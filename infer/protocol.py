@@ -10,6 +10,10 @@ MAX_DEPTH = 64  # Of JSON: lists and objects within each other.
 PLAIN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
          "frequency_penalty", "min_tokens")  # Of Sampling, under the same name.
 
+NO_BEAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty", "logit_bias", "stop", "response_format", "regex", "grammar", "tool_choice",
+            "tools", "top_logprobs", "echo", "stream")
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -41,6 +45,7 @@ class Ask:
   tool_choice: str = "none"  # "none", "auto", "required", or the name of the function to call.
   parallel_tool_calls: bool = True
   user: str = ""
+  beams: dict | None = None  # Of infer.beam.BeamSearch.
 
   def seeds(self) -> list[int]:
     return [(self.seed + i) % (MAX_SEED + 1) for i in range(self.n)]
@@ -165,7 +170,8 @@ def _read_shared(given, limits, n_prompts):
   if given.get("min_tokens", 0) > limits.max_length:
     raise Refusal(f"min_tokens={given['min_tokens']} is more than the {limits.max_length} positions of the "
                   "model", "min_tokens")
-  settings = {name: given[name] for name in PLAIN if name in given}
+  beams = _read_beams(given)
+  settings = {name: given[name] for name in (PLAIN if beams is None else ("min_tokens",)) if name in given}
   bias = given.get("logit_bias", {})
   for token in bias:
     if int(token) >= limits.vocab_size:
@@ -179,7 +185,29 @@ def _read_shared(given, limits, n_prompts):
     "stop": (stop,) if isinstance(stop, str) else tuple(stop), "stream": given.get("stream", False),
     "include_usage": bool(given.get("stream_options", {}).get("include_usage")),
     "constraint": _read_constraint(given), "user": given.get("user", ""),
+    "beams": beams,
   }
+
+
+def _read_beams(given):
+  """What a beam search is asked for; None: it is not."""
+  if not given.get("use_beam_search"):
+    for name in ("length_penalty", "early_stopping"):
+      if name in given:
+        raise Refusal(f"{name} goes with use_beam_search", name)
+    return None
+  off = {"temperature": 1, "top_p": 1, "repetition_penalty": 1, "tool_choice": "none",
+         "response_format": {"type": "text"}}
+  for name in NO_BEAMS:
+    if given.get(name) and given[name] != off.get(name):
+      raise Refusal(f"{name}={shown(given[name])} has no meaning in a beam search, which draws nothing and "
+                    "looks ahead: leave it out", name)
+  if given.get("logprobs") is not True and given.get("logprobs"):
+    raise Refusal(f"logprobs={given['logprobs']}: of a beam search only the chosen tokens' are told: "
+                  "logprobs=0", "logprobs")
+  n = given.get("n", 1)
+  return {"width": n, "n": n} | {name: given[name] for name in ("length_penalty", "early_stopping")
+                                 if name in given}
 
 
 def _read_constraint(given):

@@ -118,6 +118,7 @@ def _load(args):
   chat = open_chat(run) if args.model else None
   stop_ids = find_ends(run, chat) if args.model else (run.tokenizer.eos_id,)
   from infer.app import Served
+  from infer.beam import BeamSearch
   from infer.engine import Engine, Request
   from infer.grammar import GrammarCompiler
   from infer.sampling import Sampling
@@ -132,8 +133,9 @@ def _load(args):
   print(f"{engine.counters['compiles']:.0f} programs compiled or loaded in {seconds:.1f} s", file=sys.stderr,
         flush=True)
 
-  def make_request(prompt, settings, grammar, user):
-    return Request(prompt=prompt, sampling=Sampling(**settings), grammar=grammar, user=user)
+  def make_request(prompt, settings, grammar, user, beams=None):
+    return Request(prompt=prompt, sampling=Sampling(**settings), grammar=grammar, user=user,
+                   beams=beams and BeamSearch(**beams))
 
   style = find_style(chat.template) if chat else None
   tools = {} if style is None else {

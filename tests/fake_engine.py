@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import sys
 import time
+import types
 
 from data.tokenizer import Special, Tokenizer
 
@@ -40,6 +41,14 @@ class Request:
   sampling: Sampling
   grammar: object = None
   user: str = ""
+  beams: dict | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+  request: int
+  texts: list
+  finish: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,6 +129,10 @@ class FakeEngine:
       if request.sampling.prompt_logprobs is not None:
         events.append(self._score(id, request))
     for id, (request, script) in list(self._running.items()):
+      if request.beams is not None:
+        del self._running[id]
+        events.append(self._search(id, request))
+        continue
       if request.sampling.max_tokens == 0:
         del self._running[id]
         continue
@@ -139,6 +152,18 @@ class FakeEngine:
     for n, token in enumerate(text, 1):
       yield token, n
     yield END, len(text) + 1
+
+  def _search(self, id, request):
+    """Text i is the prompt's bytes, i later; the best of them ends, the others are cut before that."""
+    texts = []
+    for shift in range(request.beams["n"]):
+      shifted = dataclasses.replace(request.sampling, seed=shift)
+      tokens = [t for t, _ in self._script(dataclasses.replace(request, sampling=shifted))]
+      tokens = tokens[:len(tokens) - bool(shift)]
+      logprobs = [-0.5 * n for n in range(1, len(tokens) + 1)]
+      texts.append(types.SimpleNamespace(tokens=tokens, logprobs=logprobs,
+                                         finish="length" if shift else "stop"))
+    return Found(id, texts, "stop")
 
   def _score(self, id, request):
     rest = request.prompt[1:]
@@ -216,8 +241,8 @@ def force_call(functions):
 def make_served(**changes):
   from infer.app import Served
   tokenizer = bytes_tokenizer()
-  make = lambda prompt, settings, grammar, user: Request(
-    prompt=prompt, sampling=Sampling(**settings), grammar=grammar, user=user)
+  make = lambda prompt, settings, grammar, user, beams=None: Request(
+    prompt=prompt, sampling=Sampling(**settings), grammar=grammar, user=user, beams=beams)
   given = dict(name="fake", tokenizer=tokenizer, max_length=200, make_request=make, chat=FakeChat(tokenizer),
                grammars=FakeGrammars(), tools=FakeCalls, force_call=force_call)
   return Served(**given | changes)

@@ -91,15 +91,20 @@ def test_each_field_of_a_table_is_read_or_refused():
     "repetition_penalty": 1.5, "presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {"5": 1}, "n": 2,
     "seed": 5, "min_tokens": 3, "stop": "x", "stream": True, "response_format": {"type": "json_object"},
     "regex": "a", "grammar": "start: \"a\"", "user": "u", "echo": True, "logprobs": 3, "best_of": 1,
-    "max_completion_tokens": 7, "prompt": "ho"}
+    "use_beam_search": True, "max_completion_tokens": 7, "prompt": "ho"}
   for read, table in ((completion, COMPLETION), (chat, CHAT)):
     plain = read(seed=0)
-    for name in table.keys() - {"messages", "top_logprobs", "stream_options", "tools", "tool_choice",
+    for name in table.keys() - {"length_penalty", "early_stopping",
+                                "messages", "top_logprobs", "stream_options", "tools", "tool_choice",
                                 "parallel_tool_calls"}:
       value = True if read is chat and name == "logprobs" else changes[name]
       changed = read(**{"seed": 0} | {name: value})
       assert (changed != plain) == (name not in ("model", "best_of")), name
   assert chat(logprobs=True, top_logprobs=4).logprobs == 4 and chat(logprobs=True).logprobs == 0
+  beams = dict(use_beam_search=True, n=3, length_penalty=0.5, early_stopping="never")
+  assert chat(**beams, temperature=0, top_p=1, min_tokens=2).beams == {
+    "width": 3, "n": 3, "length_penalty": 0.5, "early_stopping": "never"}
+  assert chat(**beams, temperature=0, top_p=1, min_tokens=2).settings == {"min_tokens": 2, "logprobs": None}
   assert chat(stream=True, stream_options={"include_usage": True}).include_usage
   assert not chat(tools=[TOOL], parallel_tool_calls=False).parallel_tool_calls
 
@@ -170,7 +175,16 @@ def test_settings_that_do_not_go_together():
       (chat, dict(tools=[TOOL], tool_choice="required", regex="a"), "tool_choice"),
       (chat, dict(tools=[{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name"),
       (chat, dict(response_format={"type": "json_schema"}), "response_format.json_schema"),
-      (chat, dict(response_format={"type": "yaml"}), "response_format.type")):
+      (chat, dict(response_format={"type": "yaml"}), "response_format.type"),
+      (chat, dict(length_penalty=2.0), "length_penalty"),
+      (completion, dict(use_beam_search=False, early_stopping=True), "early_stopping"),
+      (completion, dict(use_beam_search=True, early_stopping="always"), "early_stopping"),
+      (completion, dict(use_beam_search=True, stop="a"), "stop"),
+      (completion, dict(use_beam_search=True, logprobs=2), "logprobs"),
+      (chat, dict(use_beam_search=True, stream=True), "stream"),
+      (chat, dict(use_beam_search=True, temperature=0.5), "temperature"),
+      (chat, dict(use_beam_search=True, regex="a"), "regex"),
+      (chat, dict(use_beam_search=True, tools=[TOOL]), "tools")):
     assert refusal(read, **body).param == name, body
 
 

@@ -112,6 +112,20 @@ def test_samples_are_those_of_the_seeds_after_it(client):
   assert len({*make(n=8)}) == 7  # The fake's seeds go round after 7.
 
 
+def test_beam_search(client, server):
+  """The texts are the engine's, the best first, for each prompt."""
+  asked = dict(model="fake", n=3, temperature=0, logprobs=0, max_tokens=9,
+               extra_body={"use_beam_search": True, "length_penalty": 2})
+  got = client.completions.create(prompt=["abc", "x"], **asked)
+  assert [c.text for c in got.choices] == ["abc", "bcd", "cde", "x", "y", "z"]
+  assert [c.finish_reason for c in got.choices] == ["stop", "length", "length"] * 2
+  assert got.choices[1].logprobs.token_logprobs == [-0.5, -1.0, -1.5]
+  assert got.usage.completion_tokens == 4 + 3 + 3 + 2 + 1 + 1
+  request = server.engine.requests[-1]
+  assert request.beams == {"width": 3, "n": 3, "length_penalty": 2}
+  assert request.sampling.temperature == 1 and len(server.engine.requests[-2].prompt) == 4
+
+
 def test_settings_reach_the_engine(client, server):
   client.completions.create(
     model="fake", prompt="x", max_tokens=5, temperature=0.5, top_p=0.9, presence_penalty=1,

@@ -1,9 +1,10 @@
-"""python -m experiments.bench train|decode|serve|data|roofline [...]: one JSON line of what this machine
-does, measured in this run.
+"""python -m experiments.bench train|decode|engine|serve|data|roofline [...]: one JSON line of what this
+machine does, measured in this run.
 
   train [--against=torch] [--rounds=10]   the fixed case of experiments/bench/case.py through train.step; with
                                           --against, PyTorch eager takes turns with it, a step each
   decode [--batch=1,8]                    prefill and decode of the same model through infer.decode
+  engine --model=DIR [--against=transformers]   the serving engine: decode of 1, 8 and 16 texts, and prefill
   serve --model=DIR                       load on infer.server: 16 clients, each asking again when its answer
                                           has ended; --static: they wait for each other; --rate=4: four
                                           requests a second; --url: on a server that runs; see serve --help
@@ -22,7 +23,6 @@ import os
 import pathlib
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +31,7 @@ import numpy as np
 
 from data.flags import nearest
 from experiments.bench.load import ServerFailed, add_flags
+from experiments.bench.rival import Rival, compare_times
 from train.chips import measure_gemm
 
 WARM_UP = 2  # Steps before the first that counts.
@@ -48,7 +49,7 @@ def train(args):
   line = {"bench": "train", "compile_s": round(compile_s, 1), "parameters": n_params,
           "temporaries_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6)}
   with tempfile.TemporaryDirectory() as folder:
-    rival = Rival(pathlib.Path(folder) / "case.npz", cfg, params) if args.against else None
+    rival = _start_torch(pathlib.Path(folder) / "case.npz", cfg, params) if args.against else None
     del params
     ours, theirs, gemms, first = [], [], [], None
     for i in range(WARM_UP + args.rounds):
@@ -56,7 +57,7 @@ def train(args):
       numbers = step()
       ours.append(time.perf_counter() - start)
       if rival is not None:
-        answer = rival.step()
+        answer = rival.ask()
         theirs.append(answer["seconds"])
       if i == 0:
         first = numbers, answer if rival is not None else None
@@ -66,57 +67,29 @@ def train(args):
     line |= {"first_loss": first[0]["loss"], "first_grad_norm": first[0]["grad_norm"]}
     if rival is not None:
       line["against_torch"] = _compare(ours[WARM_UP:], theirs[WARM_UP:], *first)
-      line["torch"] = rival.close()
+      rival.close()
+      line["torch"] = rival.version
   return line
 
 
-class Rival:
-  """PyTorch in a process of its own, which waits while we run."""
-
-  def __init__(self, path, cfg, params):
-    from experiments.bench.case import make_rows
-    rows, optim = make_rows(cfg), cfg.optim
-    np.savez(path, tokens=rows["tokens"], targets=rows["targets"], rope_theta=cfg.model.rope_theta,
-             norm_eps=cfg.model.norm_eps, lr=optim.lr, b1=optim.b1, b2=optim.b2, eps=optim.eps,
-             weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
-             **{f"params/{name}": a for name, a in params.items()})
-    command = [sys.executable, "-m", "experiments.bench.torch_eager", str(path), str(os.cpu_count())]
-    self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    self.version = self._read()["torch"]
-
-  def step(self):
-    self.process.stdin.write("\n")
-    self.process.stdin.flush()
-    return self._read()
-
-  def _read(self):
-    line = self.process.stdout.readline()
-    if not line:
-      raise RuntimeError(f"PyTorch's process ended with exit code {self.process.wait()}: "
-                         "its message is above")
-    return json.loads(line)
-
-  def close(self):
-    self.process.stdin.close()
-    self.process.wait()
-    return self.version
+def _start_torch(path, cfg, params):
+  from experiments.bench.case import make_rows
+  rows, optim = make_rows(cfg), cfg.optim
+  np.savez(path, tokens=rows["tokens"], targets=rows["targets"], rope_theta=cfg.model.rope_theta,
+           norm_eps=cfg.model.norm_eps, lr=optim.lr, b1=optim.b1, b2=optim.b2, eps=optim.eps,
+           weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
+           **{f"params/{name}": a for name, a in params.items()})
+  return Rival("torch_eager", path, os.cpu_count())
 
 
 def _compare(ours, theirs, first, their_first):
-  """How much faster we are: the ratio of median times, with a bootstrap 95 % interval over the rounds."""
   for name in ("loss", "grad_norm"):
     if abs(first[name] / their_first[name] - 1) > 1e-3:
       raise RuntimeError(f"not the same model: {name} of the first step is {first[name]} here, "
                          f"{their_first[name]} there")
-  ours, theirs = np.array(ours), np.array(theirs)
-  # A round is drawn with both its times.
-  pick = np.random.default_rng(0).integers(0, len(ours), (10_000, len(ours)))
-  ratios = np.median(theirs[pick], axis=1) / np.median(ours[pick], axis=1)
-  low, high = np.quantile(ratios, [0.025, 0.975])
-  return {"ratio": round(float(np.median(theirs) / np.median(ours)), 3),
-          "interval_95": [round(low, 3), round(high, 3)],
-          "rounds": len(ours), "torch_step_ms": round(1e3 * float(np.median(theirs))),
-          "torch_first_loss": their_first["loss"], "torch_first_grad_norm": their_first["grad_norm"]}
+  return compare_times(ours, theirs) | {
+    "torch_step_ms": round(1e3 * float(np.median(theirs))),
+    "torch_first_loss": their_first["loss"], "torch_first_grad_norm": their_first["grad_norm"]}
 
 
 def decode(args):
@@ -153,6 +126,14 @@ def decode(args):
                  "compile_s": round(generator.stats.compile_s, 1),
                  "bytes_per_s": round(speed["tokens_per_s"] * n_bytes)})
   return line | runs[-1] | {"runs": runs}
+
+
+def engine(args):
+  from experiments.bench.engine import run
+  for name in ("batch", "prompt", "tokens", "prefill"):
+    if (least := min(getattr(args, name)) if name == "batch" else getattr(args, name)) < 1:
+      raise ValueError(f"--{name}={least} must be at least 1")
+  return run(args)
 
 
 def serve(args):
@@ -248,10 +229,10 @@ def main(argv=None):
   try:
     line = args.bench(args)
   except (ValueError, ServerFailed) as e:
-    if args.bench is not serve:
+    if args.bench not in (engine, serve):
       raise
     what = "error" if isinstance(e, ValueError) else "failed"
-    print(f"experiments.bench serve: {what}: {e}", file=sys.stderr)
+    print(f"experiments.bench {args.case}: {what}: {e}", file=sys.stderr)
     return getattr(e, "code", 2)
   line |= {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
            "load": os.getloadavg(), "cpus": os.cpu_count(),
@@ -267,7 +248,7 @@ def _parse(argv):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   cases = parser.add_subparsers(dest="case", required=True)
   batches = lambda text: [int(n) for n in text.split(",")]
-  for case in (train, decode, serve, data, roofline):
+  for case in (train, decode, engine, serve, data, roofline):
     sub = cases.add_parser(case.__name__, allow_abbrev=False)
     sub.set_defaults(bench=case, parser=sub)
     if case is serve:
@@ -278,6 +259,13 @@ def _parse(argv):
       sub.add_argument("--against", choices=["torch"], help="take turns with PyTorch eager")
     if case is decode:
       sub.add_argument("--batch", type=batches, default=[1, 8], help="requests that run together")
+    if case is engine:
+      sub.add_argument("--model", required=True, metavar="DIR", help="an imported model; float32")
+      sub.add_argument("--against", choices=["transformers"], help="take turns with it, on the same weights")
+      sub.add_argument("--batch", type=batches, default=[1, 8, 16], help="texts that are made together")
+      for name, default, text in (("prompt", 128, "tokens before them"), ("tokens", 32, "of each, a round"),
+                                  ("prefill", 512, "tokens of the prompt that is read")):
+        sub.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
     if case is data:
       sub.add_argument("--rows", type=int, default=2000)
   args, unknown = parser.parse_known_args(argv)

@@ -107,7 +107,7 @@ def make_step(arrays):
 def main():
   torch.set_num_threads(int(sys.argv[2]))
   step = make_step(dict(np.load(sys.argv[1])))
-  print(json.dumps({"torch": torch.__version__}), flush=True)
+  print(json.dumps({"version": torch.__version__}), flush=True)
   for _ in sys.stdin:
     start = time.perf_counter()
     numbers = step()

@@ -15,8 +15,8 @@ SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 QUESTION = "Why is it neither Lyon nor the lovely town of Besançon?"
 
 
-@pytest.fixture(scope="module")
-def browser():
+@pytest.fixture(scope="module", name="browser")
+def open_browser():
   api = pytest.importorskip("playwright.sync_api", reason="drives the browser: pip install playwright")
   if CHROMIUM is None:
     pytest.skip("needs chromium")

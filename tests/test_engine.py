@@ -318,7 +318,8 @@ def test_what_others_left_in_pages_reaches_nothing():
     np.testing.assert_allclose(got, forward_logprobs("gqa", tokens)[:-1], atol=1e-4)
 
 
-def test_nothing_compiles_after_warm_up():
+@pytest.mark.parametrize("n", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_nothing_compiles_after_warm_up(n):
   engine = Engine(*params_of("gqa")[::2], mesh_of("one"), slots=3, page_size=4, max_length=100,
                   prefill_chunk=16)
   engine.warm_up()
@@ -326,7 +327,7 @@ def test_nothing_compiles_after_warm_up():
   assert before == len(engine.programs) == len(engine.row_buckets) + len(engine.chunk_buckets) + 1
   searches = [Request(prompt=[i] * 9, beams=BeamSearch(width=3), sampling=Sampling(max_tokens=9))
               for i in range(3)]
-  run(engine, mixed_requests(30, seed=3) + searches)
+  run(engine, mixed_requests(n, seed=3) + searches)
   assert engine.counters["compiles"] == before and engine.counters["steps"] > 50
 
 

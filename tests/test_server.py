@@ -1,4 +1,5 @@
 """The server as its clients see it: the official client's calls, refusals, disconnects, the end."""
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -330,6 +331,31 @@ def test_disconnects_leave_nothing_running():
     until(lambda: server.worker.n_open == 0 and not server.engine.has_work)
     until(lambda: server.worker.gauges["pages_used"] == 0)
     assert ask(server, "/health").status_code == 200 and len(server.engine.requests) > 100
+
+
+@pytest.mark.slow
+def test_a_thousand_disconnects_leave_no_page_held():
+  """In the middle of streams of the real engine; the gauge is that of /metrics."""
+  from tests.real_engine import make_real
+  engine, served = make_real(n_pages=500)
+  gauge = lambda name: float(re.search(f"^{name} (.*)$", ask(server, "/metrics").text, re.MULTILINE)[1])
+
+  def leave(i):
+    asked = {"prompt": "x" * (1 + i % 90) + str(i), "max_tokens": 300, "min_tokens": 300, "stream": True,
+             "n": 1 + i % 3}
+    with httpx.Client(timeout=60) as http, http.stream("POST", address, json=asked) as answer:
+      assert answer.status_code == 200
+      lines = answer.iter_lines()
+      assert all(next(lines).startswith(("data: {", "")[n % 2]) for n in range(1 + 2 * (i % 4)))
+    if i % 50 == 7:
+      held.append(gauge("assay_pages_used"))
+
+  with running(engine, served) as server:
+    address, held = f"http://127.0.0.1:{server.port}/v1/completions", []
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+      list(pool.map(leave, range(1000)))
+    until(lambda: gauge("assay_pages_used") == 0)
+    assert max(held) > 0 and ask(server, "/health").json()["open"] == 0
 
 
 def test_too_many_requests_are_told_when_to_come_again():

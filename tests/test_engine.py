@@ -224,6 +224,12 @@ def test_int8_pages_are_near_and_do_not_depend_on_company():
     want = forward_logprobs("gqa", tokens)[:-1]
     assert 1e-6 < np.abs(got - want).max() < 0.05
     np.testing.assert_allclose(forced_logprobs(engine, [(tokens, at)])[0], got, atol=1e-4)
+  prompt = texts[0][0][:10]
+  (found,), = run(engine, [Request(prompt=prompt, beams=BeamSearch(width=3, n=3),
+                                   sampling=Sampling(max_tokens=8))])
+  for text in found.texts:  # A page is copied with its scales.
+    got = forced_logprobs(engine, [(prompt + [*text.tokens], 10)])[0]
+    np.testing.assert_allclose(text.logprobs, got[range(9, 17), text.tokens], atol=1e-4)
 
 
 def mixed_requests(n, seed=0):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from infer.beam import BeamSearch, Hypothesis, Search
-from infer.decode import cast_params, decode_config
+from infer.load import cast_params, decode_config
 from infer.sampling import MOST_STOP_IDS, MOST_TOP, Sampling
 from infer.scheduler import Scheduler
 from infer.step import SCORED_TOGETHER, Inputs, empty_inputs, empty_state, fork, run_step, stack_inputs
@@ -74,7 +74,9 @@ class Engine:
 
   Attributes:
     programs: (R, C) -> the compiled step, and "fork"; nothing else is ever compiled.
-    counters: prompt_tokens, prefix_hit_tokens, generated_tokens, preemptions, steps, compiles, compile_s.
+    counters: prompt_tokens, prefix_hit_tokens, generated_tokens, preemptions, steps, compiles; compile_s, and
+      without it prefill_s, of the steps that fed a prompt, and decode_s, of the others, which made
+      decode_tokens.
   """
 
   def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), slots: int = 16, page_size: int = 16,
@@ -107,7 +109,7 @@ class Engine:
     self.slots = -(-slots // self.n_ways)
     self._pages_each = -(-self.max_length // page_size)
     self.n_pages = (self.slots * self._pages_each if n_pages is None else -(-n_pages // self.n_ways)) + 1
-    self.row_buckets = row_buckets or _buckets(2, self.slots)
+    self.row_buckets = row_buckets or _buckets(2, max(self.slots, 2))
     self.chunk_buckets = _buckets(min(32, prefill_chunk), prefill_chunk)
     self.schedulers = [Scheduler(slots=self.slots, n_pages=self.n_pages, page_size=page_size,
                                  chunk=prefill_chunk, keep_prefixes=keep_prefixes)
@@ -130,18 +132,18 @@ class Engine:
     return bool(self._requests or self._unread)
 
   @property
-  def counters(self) -> dict[str, float]:
+  def counters(self) -> collections.Counter:
     total = collections.Counter(self._counters)
     for scheduler in self.schedulers:
       total.update(scheduler.counters)
-    return dict(total)
+    return total
 
   def gauges(self) -> dict[str, float]:
     total = lambda read: sum(map(read, self.schedulers))
     return {"running": total(lambda s: s.n_running), "waiting": total(lambda s: s.n_waiting),
             "pages_used": total(lambda s: s.pages.held), "pages_total": total(lambda s: s.pages.total)}
 
-  def submit(self, request: Request) -> int:
+  def check(self, request: Request) -> None:
     """Raises ValueError: an empty prompt, an id outside the vocabulary, too many tokens, a setting out of
     range."""
     prompt, sampling = request.prompt, request.sampling.validate(self.cfg.vocab_size)
@@ -161,10 +163,17 @@ class Engine:
       if request.grammar is not None:
         raise ValueError("a beam search follows no grammar: leave out one of them")
       request.beams.validate(sampling, self.stop_ids, self.slots)
-    id, self._next_id = self._next_id, self._next_id + 1
+
+  def submit(self, request: Request) -> int:
+    """Raises ValueError: as `check`."""
+    self.check(request)
+    sampling, k, id = request.sampling, request.score_from, self._next_id
+    self._next_id += 1
     scheduler = min(self.schedulers, key=lambda s: s.n_running + s.n_waiting)
-    scheduler.add(id, prompt, sampling.max_tokens, user=request.user, one_by_one=request.grammar is not None,
-                  n_findable=k - 1 if scores else None, n_beams=request.beams and request.beams.width)
+    scheduler.add(id, request.prompt, sampling.max_tokens, user=request.user,
+                  one_by_one=request.grammar is not None,
+                  n_findable=None if sampling.prompt_logprobs is None else k - 1,
+                  n_beams=request.beams and request.beams.width)
     self._requests[id] = _Running(request, scheduler, n_scored=k - 1)
     return id
 
@@ -177,6 +186,46 @@ class Engine:
     """Whether it has no slot yet, or has lost it; False of one that has ended."""
     return (running := self._requests.get(request)) is not None and running.scheduler.is_waiting(request)
 
+  def generate(self, prompts: list[list[int]], settings: Sampling | list[Sampling], *, cancelled=frozenset()):
+    """Yields a Token for each token made, `request` the index of its prompt; in order within a request.
+
+    Args:
+      prompts: token ids, at least one each.
+      settings: of all prompts, or one each. Stop strings are text: see infer.text.
+      cancelled: a set that the caller may add indices to while iterating; they get no more tokens.
+
+    Raises:
+      ValueError: as `check`, for any of them.
+    """
+    if isinstance(settings, Sampling):
+      settings = [settings] * len(prompts)
+    if len(settings) != len(prompts):
+      raise ValueError(f"{len(settings)} settings for {len(prompts)} prompts: give one, or one each")
+    requests = [Request(prompt=prompt, sampling=s) for prompt, s in zip(prompts, settings)]
+    for i, request in enumerate(requests):
+      try:
+        self.check(request)
+      except ValueError as e:
+        raise ValueError(f"prompt {i}: {e}") from None
+    return self._follow(requests, cancelled)
+
+  def _follow(self, requests, cancelled):
+    left = {self.submit(request): i for i, request in enumerate(requests)}
+    try:
+      while left:
+        for event in self.step():
+          if (i := left.get(event.request)) is None:
+            continue
+          if i in cancelled or event.finish is not None:
+            del left[event.request]
+          if i in cancelled:
+            self.cancel(event.request)
+          else:
+            yield dataclasses.replace(event, request=i)
+    finally:
+      for id in left:
+        self.cancel(id)
+
   def warm_up(self) -> None:
     """Compiles every program, and runs each once on nothing."""
     most = self.row_buckets[-1]
@@ -187,22 +236,34 @@ class Engine:
 
   def step(self) -> list[Token | Scored | Found]:
     """Dispatches what can be done, and returns what the step before made."""
-    plans = [scheduler.plan() for scheduler in self.schedulers]
-    if any(plans):
-      C = max((len(p.chunk.tokens) for p in plans if p and p.chunk), default=0)
-      C = next(c for c in (0, *self.chunk_buckets) if c >= C)
-      R = max(len(p.rows) for p in plans if p)
-      R = self.row_buckets[-1] if C else next(r for r in self.row_buckets if r >= R)
-      if any(row.token is not None for p in plans if p for row in p.rows):
-        self._fork(plans)
-      made = self._run(self._make_inputs(plans, R, C), R, C)
-      for a in jax.tree.leaves(made):
-        a.copy_to_host_async()
-      self._unread.append((plans, made))
-      self._counters["steps"] += 1
-    if len(self._unread) > any(plans):
-      return self._read(*self._unread.popleft())
-    return []
+    began, compiled = time.perf_counter(), self._counters["compile_s"]
+    made_before = self._counters["generated_tokens"]
+    plans, events = [scheduler.plan() for scheduler in self.schedulers], []
+    if is_ahead := any(plans):
+      self._dispatch(plans)
+    if len(self._unread) > is_ahead:
+      plans, made = self._unread.popleft()
+      events = self._read(plans, made)
+    seconds = time.perf_counter() - began - (self._counters["compile_s"] - compiled)
+    if any(p and p.chunk for p in plans):
+      self._counters["prefill_s"] += seconds
+    else:
+      self._counters["decode_s"] += seconds
+      self._counters["decode_tokens"] += self._counters["generated_tokens"] - made_before
+    return events
+
+  def _dispatch(self, plans):
+    C = max((len(p.chunk.tokens) for p in plans if p and p.chunk), default=0)
+    C = next(c for c in (0, *self.chunk_buckets) if c >= C)
+    R = max(len(p.rows) for p in plans if p)
+    R = self.row_buckets[-1] if C else next(r for r in self.row_buckets if r >= R)
+    if any(row.token is not None for p in plans if p for row in p.rows):
+      self._fork(plans)
+    made = self._run(self._make_inputs(plans, R, C), R, C)
+    for a in jax.tree.leaves(made):
+      a.copy_to_host_async()
+    self._unread.append((plans, made))
+    self._counters["steps"] += 1
 
   # From plans to arrays, and back to events.
 

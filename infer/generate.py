@@ -19,11 +19,13 @@ import dataclasses
 import glob
 import json
 import pathlib
+import signal
 import sys
 
 from infer.flags import parse_strictly
 from infer.sampling import Sampling
 
+TALK = 4096  # Tokens that a conversation has room for, if the model has.
 FIELDS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
 FILE_HELP = "one prompt a line; or .jsonl: {\"prompt\": ..., and any of " + ", ".join(FIELDS) + "}"
 
@@ -44,29 +46,31 @@ def main(argv: list[str] | None = None) -> int:
   from jax.errors import JaxRuntimeError  # JAX and its devices, after the cheap mistakes.
 
   from model.hub.orbax import CheckpointError
-  generator = None
+  engine = None
   try:
-    run, generator, chat = _load(args)
+    run, chat, stop_ids = _open(args)
     if not requests:
-      _talk(run, generator, chat, args, _sampling(args))
-      _print_stats(generator.stats)
-      return 0
-    ids = _encode(run, chat, args, [prompt for prompt, _ in requests])
-    _note_lengths(run, ids, requests)
-    with open(args.out, "w") if args.out else contextlib.nullcontext() as out:
-      if out is None and len(requests) == 1:
-        _show_one(generator, run.tokenizer, ids, *requests[0], echo=chat is None)
-      else:
-        _list_all(generator, run.tokenizer, ids, requests, args.n_samples, out, echo=chat is None)
+      engine = _make_engine(args, run, stop_ids, 1, TALK)
+      _talk(run, engine, chat, args, _sampling(args))
+    else:
+      ids = _encode(run, chat, args, [prompt for prompt, _ in requests])
+      longest = _find_longest(run, ids, requests)
+      _note_length(run, longest)
+      engine = _make_engine(args, run, stop_ids, len(ids), longest)
+      with open(args.out, "w") if args.out else contextlib.nullcontext() as out:
+        if out is None and len(requests) == 1:
+          _show_one(engine, run.tokenizer, ids, *requests[0], echo=chat is None)
+        else:
+          _list_all(engine, run.tokenizer, ids, requests, args.n_samples, out, echo=chat is None)
   except ValueError as e:
-    if generator is not None and not isinstance(e, BadPrompt):  # The rest was looked at before: our fault.
+    if engine is not None and not isinstance(e, BadPrompt):  # The rest was looked at before: our fault.
       raise
     print(f"{parser.prog}: error: {e}", file=sys.stderr)
     return 2
   except (OSError, CheckpointError, JaxRuntimeError) as e:  # Disk, checkpoint, device.
     print(f"{parser.prog}: failed: {type(e).__name__}: {e}", file=sys.stderr)
     return 1
-  _print_stats(generator.stats)
+  _print_counters(engine.counters)
   return 0
 
 
@@ -197,17 +201,28 @@ def _read_json(line, base):
   return prompt, dataclasses.replace(base, **record).validate()
 
 
-def _load(args):
-  from infer.load import find_ends, load_model, open_chat, open_run
+def _open(args):
+  """(run, its chat template or None, the ids that end a text). No device is touched."""
+  from infer.load import find_ends, open_chat, open_run
   run = open_run(args.run) if args.run else open_run(args.model, "--model")
   chat = None if args.run or args.raw else open_chat(run)
   if args.model and not args.raw and chat is None:
     raise ValueError(f"--model={args.model} has no chat template: say --raw to continue a text without one")
-  stop_ids = find_ends(run, chat) if args.model else (run.tokenizer.eos_id,)
-  from infer.decode import Generator
+  return run, chat, find_ends(run, chat) if args.model else (run.tokenizer.eos_id,)
+
+
+def _make_engine(args, run, stop_ids, n_texts, longest):
+  """Few programs, since most runs are short; sizes are rounded up, so that the compile cache knows them the
+  next time."""
+  from infer.engine import Engine
+  from infer.load import load_model
+  from model.sharding import ways
   cfg, params, mesh = load_model(run, compute_dtype=args.compute_dtype, weights=args.weights, step=args.step,
                                  tensor=args.tensor)
-  return run, Generator(cfg, params, mesh, stop_ids=stop_ids, batch_size=args.batch_size), chat
+  power = lambda n: 2**(n - 1).bit_length()
+  slots = min(args.batch_size, power(n_texts))
+  return Engine(cfg, params, mesh, stop_ids=stop_ids, slots=slots, max_length=max(256, power(longest)),
+                row_buckets=(max(2, -(-slots // ways(mesh, cfg.rules.batch))),))
 
 
 def _encode(run, chat, args, prompts) -> list[list[int]]:
@@ -230,10 +245,10 @@ def _ask(chat, messages):
     raise BadPrompt(str(e)) from None
 
 
-def _talk(run, generator, chat, args, setting) -> None:
+def _talk(run, engine, chat, args, setting) -> None:
   """Answers the lines of stdin, each with all that was said before it."""
   from infer.text import stream
-  messages, ask = _opening(args), sys.stdin.isatty()
+  opening, messages, ask = _opening(args), [], sys.stdin.isatty()
   print("Ctrl-D ends the conversation; Ctrl-C an answer.", file=sys.stderr)
   while True:
     print("> " if ask else "", end="", flush=True)
@@ -243,35 +258,76 @@ def _talk(run, generator, chat, args, setting) -> None:
     if not line.strip():
       continue
     question, answer = {"role": "user", "content": line.removesuffix("\n")}, ""
-    prompt = _ask(chat, [*messages, question])
-    _note_lengths(run, [prompt], [(line, setting)])
-    with contextlib.suppress(KeyboardInterrupt):
-      for piece in stream(generator, run.tokenizer, [prompt], setting):
+    messages, prompt = _fit(chat, opening, messages, question, engine.max_length - setting.max_tokens)
+    _note_length(run, len(prompt) + setting.max_tokens)
+    with _interrupts() as interrupted:
+      for piece in stream(engine, run.tokenizer, [prompt], setting):
         print(piece.text, end="", flush=True)
         answer += piece.text
+        if interrupted:
+          break
     print(flush=True)
     messages += [question, {"role": "assistant", "content": answer.strip()}]
 
 
-def _note_lengths(run, ids, requests):
-  longest = max(len(prompt) + s.max_tokens for prompt, (_, s) in zip(ids, requests))
+def _fit(chat, opening, messages, question, room):
+  """(the messages that there is room for, the prompt): the oldest turns go first."""
+  said = len(messages)
+  while len(prompt := _ask(chat, [*opening, *messages, question])) > room:
+    if not messages:
+      raise BadPrompt(f"the prompt has {len(prompt)} tokens, and there is room for {room} beside an answer")
+    messages = messages[2:]
+  if len(messages) < said:
+    print(f"note: the first {said - len(messages)} messages are forgotten: there is room for {room} tokens "
+          "beside an answer", file=sys.stderr)
+  return messages, prompt
+
+
+@contextlib.contextmanager
+def _interrupts():
+  """A list that has an item after Ctrl-C, which breaks no step of the engine so; the second one does."""
+  interrupted = []
+
+  def interrupt(*_):
+    interrupted.append(True)
+    signal.signal(signal.SIGINT, before)
+
+  before = signal.signal(signal.SIGINT, interrupt)
+  try:
+    yield interrupted
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def _find_longest(run, ids, requests) -> int:
+  """Tokens of the longest text with its prompt."""
+  room = run.model.max_length
+  for prompt, (_, s) in zip(ids, requests):
+    if room and len(prompt) + s.max_tokens > room:
+      raise ValueError(f"the prompt's {len(prompt)} tokens and max_tokens={s.max_tokens} are more than the "
+                       f"model.max_length={room} positions of the model; nearest valid max_tokens: "
+                       f"{max(room - len(prompt), 0)}")
+  return max(len(prompt) + s.max_tokens for prompt, (_, s) in zip(ids, requests))
+
+
+def _note_length(run, longest):
   if longest > run.seq_len:
     print(f"note: up to {longest} tokens with the prompt, more than the {run.seq_len} that the model was "
           "trained on", file=sys.stderr)
 
 
-def _show_one(generator, tokenizer, ids, prompt, setting, *, echo):
+def _show_one(engine, tokenizer, ids, prompt, setting, *, echo):
   from infer.text import stream
   print(prompt if echo else "", end="", flush=True)
-  for piece in stream(generator, tokenizer, ids, setting):
+  for piece in stream(engine, tokenizer, ids, setting):
     print(piece.text, end="", flush=True)
   print()
 
 
-def _list_all(generator, tokenizer, ids, requests, n_samples, out, *, echo):
+def _list_all(engine, tokenizer, ids, requests, n_samples, out, *, echo):
   from infer.text import iter_completions
   prompts, settings = zip(*requests)
-  for i, done in iter_completions(generator, tokenizer, ids, list(settings)):
+  for i, done in iter_completions(engine, tokenizer, ids, list(settings)):
     if out is None:
       sample = f", sample {i % n_samples + 1} of {n_samples}" if n_samples > 1 else ""
       print(f"--- prompt {i // n_samples + 1}{sample} ({len(done.tokens)} tokens, {done.finish})")
@@ -282,10 +338,15 @@ def _list_all(generator, tokenizer, ids, requests, n_samples, out, *, echo):
       print(json.dumps(record), file=out, flush=True)
 
 
-def _print_stats(stats):
-  rate = lambda n, seconds: f"{n} tokens in {seconds:.2f} s, {n / max(seconds, 1e-9):.1f} tokens/s"
-  print(f"prefill {rate(stats.prefill_tokens, stats.prefill_s)}; decode "
-        f"{rate(stats.decode_tokens, stats.decode_s)}; compiling {stats.compile_s:.1f} s", file=sys.stderr)
+def _print_counters(counters):
+  """Steps that read a prompt make tokens of other texts too: they count to the first rate only."""
+  made, seconds = counters["generated_tokens"], counters["prefill_s"] + counters["decode_s"]
+  rate = lambda n, seconds: f"{n / max(seconds, 1e-9):.1f} tokens/s"
+  read = counters["prompt_tokens"] - counters["prefix_hit_tokens"]
+  print(f"{made} tokens in {seconds:.2f} s, {rate(made, seconds)}: prefill {read} at "
+        f"{rate(read, counters['prefill_s'])}, decode at "
+        f"{rate(counters['decode_tokens'], counters['decode_s'])}; compiling {counters['compile_s']:.1f} s",
+        file=sys.stderr)
 
 
 if __name__ == "__main__":

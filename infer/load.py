@@ -8,16 +8,16 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from data.chat import Chat, find_template
 from data.flags import from_json, nearest
 from data.tokenizer import Tokenizer, load_tokenizer
 from infer.compile_cache import CompileCache
-from infer.decode import decode_config
 from model.config import ModelConfig
 from model.hub.orbax import find_checkpoints, find_steps, restore_params
-from model.sharding import make_mesh
-from model.transformer import abstract_params, check_names
+from model.sharding import DECODE, fit, make_mesh, ways
+from model.transformer import Transformer, abstract_params, check_names
 
 WEIGHTS = ("params", "ema")
 TOKENIZERS = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json",
@@ -72,7 +72,7 @@ def load_params(run: Run, cfg: ModelConfig, mesh, *, weights: str | None = None,
   """Reads the parameters of the newest good checkpoint, or of one step, straight into their shards.
 
   Args:
-    cfg: the run's, under the rules to shard by: infer.decode.decode_config(run.model, mesh).
+    cfg: the run's, under the rules to shard by: decode_config(run.model, mesh).
     weights: of WEIGHTS; None is "ema" if the run keeps one.
 
   Returns:
@@ -97,6 +97,38 @@ def load_params(run: Run, cfg: ModelConfig, mesh, *, weights: str | None = None,
         lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=a.sharding), abstract)
   params, meta, rejected = restore_params(path, abstract, weights)
   return params, meta["step"], weights, rejected
+
+
+def decode_config(cfg: ModelConfig, mesh) -> ModelConfig:
+  """The config under the DECODE rules, for this mesh.
+
+  Raises:
+    ValueError: a dim of the weights is no multiple of the devices that it is split over.
+  """
+  for name, rule in (("n_heads", "heads"), ("d_ff", "mlp"), ("d_expert", "mlp"), ("n_experts", "experts"),
+                     ("padded_vocab_size", "vocab")):
+    value, axes = getattr(cfg, name) or 0, getattr(DECODE, rule)
+    if value % ways(mesh, axes):
+      axis = "*".join(f"mesh.{a}" for a in axes)
+      raise ValueError(f"model.{name}={value} is not a multiple of {axis}={ways(mesh, axes)}; nearest valid "
+                       f"{axis}: {math.gcd(value, ways(mesh, axes))}")
+  if cfg.dispatch == "capacity":  # Which requests share a batch must not decide what is dropped.
+    cfg = dataclasses.replace(cfg, dispatch="dropless", exchange="gather")
+  return fit(dataclasses.replace(cfg, rules=DECODE), mesh)
+
+
+def cast_params(cfg: ModelConfig, params):
+  """The parameters as the forward pass reads them, so that no step of decode casts them again.
+
+  What has a logical axis is read in the compute dtype (model.layers.read); norms are float32 as they are.
+  """
+  if cfg.compute_dtype == cfg.param_dtype:
+    return params
+  declared = nnx.state(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
+  is_param = lambda x: isinstance(x, nnx.Variable)
+  is_read = jax.tree.map(lambda p: p.replace(any(p.get_metadata()["axes"])), declared, is_leaf=is_param)
+  cast = lambda read, a: a.astype(cfg.compute_dtype) if read else a
+  return jax.jit(lambda params: jax.tree.map(cast, nnx.to_pure_dict(is_read), params))(params)
 
 
 def load_model(run: Run, *, compute_dtype: str | None, weights: str | None, step: int | None, tensor: int):

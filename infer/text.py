@@ -3,7 +3,6 @@ import collections.abc
 import dataclasses
 
 from data.tokenizer import Tokenizer
-from infer.decode import Generator
 from infer.sampling import Sampling
 
 
@@ -29,20 +28,21 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
   return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
-def stream(generator: Generator, tokenizer: Tokenizer, prompts: list[str | list[int]],
+def stream(engine, tokenizer: Tokenizer, prompts: list[str | list[int]],
            settings: Sampling | list[Sampling]) -> collections.abc.Iterator[Piece]:
   """Yields a Piece a token. The joined text of a request holds no half character and no stop string.
 
   Args:
+    engine: an infer.engine.Engine, which nobody else uses meanwhile.
     prompts: texts, or ids where more than a text is meant, as of a chat template.
 
   Raises:
-    ValueError: as Generator.generate's.
+    ValueError: as infer.engine.Engine.generate's.
   """
   ids = [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
   each = [settings] * len(prompts) if isinstance(settings, Sampling) else settings
   cancelled = set()
-  tokens = generator.generate(ids, each, cancelled=cancelled)
+  tokens = engine.generate(ids, each, cancelled=cancelled)
   readers = [Reader(tokenizer, prompt, s.stop) for prompt, s in zip(ids, each)]
 
   def read():
@@ -59,18 +59,18 @@ def stream(generator: Generator, tokenizer: Tokenizer, prompts: list[str | list[
   return read()
 
 
-def complete(generator: Generator, tokenizer: Tokenizer, prompts: list[str | list[int]],
+def complete(engine, tokenizer: Tokenizer, prompts: list[str | list[int]],
              settings: Sampling | list[Sampling]) -> list[Completion]:
   """What follows each prompt."""
-  done = dict(iter_completions(generator, tokenizer, prompts, settings))
+  done = dict(iter_completions(engine, tokenizer, prompts, settings))
   return [done[i] for i in range(len(prompts))]
 
 
-def iter_completions(generator: Generator, tokenizer: Tokenizer, prompts: list[str | list[int]],
+def iter_completions(engine, tokenizer: Tokenizer, prompts: list[str | list[int]],
                      settings: Sampling | list[Sampling]) -> collections.abc.Iterator[tuple[int, Completion]]:
   """Yields (request, Completion) of each text as it ends."""
   growing = [Completion() for _ in prompts]
-  for piece in stream(generator, tokenizer, prompts, settings):
+  for piece in stream(engine, tokenizer, prompts, settings):
     completion = growing[piece.request]
     completion.text += piece.text
     completion.tokens.append(piece.token)

@@ -4,9 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.cache import PagedCache
 from model.context import CONTEXT
-from model.kernels.attention import KERNEL, UNALIGNED, Mask
+from model.kernels.attention import KERNEL, Mask
 from model.layers import NORM, bias, lift, linear, read, weight
 from model.lookup import lookup
 from model.positions import turn
@@ -14,8 +13,8 @@ from model.sharding import on_devices
 
 
 def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None, kv_heads="kv_heads"):
-  """The configured kernel on each device's own rows and heads, after the cache has taken the new keys and
-  values.
+  """The configured kernel on each device's own rows and heads; with a cache, that takes the new keys and
+  values, and attends.
 
   Args:
     v_BTKH: None where the first cfg.kv_lora_rank numbers of a key are its value.
@@ -24,22 +23,15 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None, 
   Returns:
     (out_BTNH, cache).
   """
-  impl, rules = cfg.attention_impl, cfg.rules
-  impl = impl if cache is None else UNALIGNED.get(impl, impl)
-  kernel = lookup(KERNEL, impl, "model.attention_impl")
+  rules = cfg.rules
   settings = dict(scale=cfg.scale, cap=cfg.attention_softcap)
   own_heads = lambda x, n: _own_heads(cfg, x, n) if kv_heads == "kv_heads" else x
 
   def local(q_btnh, k_btkh, v_btkh, pos_bt, segment_bt, cache):
-    if isinstance(cache, PagedCache):
+    if cache is not None:
       return cache.attend(q_btnh, k_btkh, v_btkh, own_heads=lambda x: own_heads(x, q_btnh.shape[2]),
                           latent=cfg.kv_lora_rank if v_btkh is None else None, window=window, **settings)
-    if cache is not None:
-      cache, k_bskh, v_bskh, pos_bs, segment_bs = cache.update(k_btkh, v_btkh, pos_bt, segment_bt)
-      mask = Mask(pos_bt, segment_bt, pos_bs, segment_bs, window, aligned=False)
-      v_bskh = k_bskh[..., :cfg.kv_lora_rank] if v_bskh is None else v_bskh
-      k_bskh, v_bskh = (own_heads(x, q_btnh.shape[2]) for x in (k_bskh, v_bskh))
-      return kernel(q_btnh, k_bskh, v_bskh, mask, **settings), cache
+    kernel = lookup(KERNEL, cfg.attention_impl, "model.attention_impl")
     k_btkh, v_btkh = (own_heads(x, q_btnh.shape[2]) for x in (k_btkh, v_btkh))
     if rules.length and jax.lax.axis_size(rules.length) > 1:
       return CONTEXT[cfg.context](rules.length, kernel, q_btnh, k_btkh, v_btkh, pos_bt, segment_bt, window,

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.kernels.attention import (
-    UNALIGNED,
     Mask,
     blockwise,
     blockwise_gradient,
@@ -88,10 +87,10 @@ def check_context(cfg, *, ways: int, heads_ways: int, seq_len: int | None):
     raise ValueError(f"model.context={cfg.context!r} is made of the blocks of 'chunked', not of "
                      f"model.attention_impl={cfg.attention_impl!r}; nearest valid: model.attention_impl="
                      "'chunked', or model.context='gather'")
-  if cfg.context == "gather" and cfg.attention_impl in UNALIGNED:
+  if cfg.context == "gather" and cfg.attention_impl == "splash":
     raise ValueError(f"model.context='gather' has more keys than queries, and model.attention_impl="
                      f"{cfg.attention_impl!r} needs whole rows of both; nearest valid: "
-                     f"model.context='ulysses', or model.attention_impl={UNALIGNED[cfg.attention_impl]!r}")
+                     "model.context='ulysses', or model.attention_impl='chunked'")
   heads = cfg.n_heads // heads_ways
   if cfg.context == "ulysses" and heads % ways:
     raise ValueError(f"model.context='ulysses' deals the {heads} heads that a device has of model.n_heads="

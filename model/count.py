@@ -66,14 +66,23 @@ def _keys_per_query(cfg, seq_len, causal):
 
 
 def cache_bytes(cfg, length: int) -> int:
-  """Bytes of keys and values that one sequence of `length` tokens holds; local layers keep their window."""
+  """Bytes of keys and values that one sequence of `length` tokens holds."""
+  return length * cfg.n_layers * _token_bytes(cfg)
+
+
+def read_bytes(cfg, length: int) -> int:
+  """Of them, what making the next token reads: of local layers the window."""
   slots = sum(min(window or length, length) for window in cfg.windows) * cfg.n_layers // len(cfg.windows)
+  return slots * _token_bytes(cfg)
+
+
+def _token_bytes(cfg):
   numbers = cfg.kv_lora_rank + cfg.turned_dim if cfg.latent else 2 * cfg.n_kv_heads * cfg.head_dim
-  return slots * numbers * jnp.dtype(cfg.compute_dtype).itemsize
+  return numbers * jnp.dtype(cfg.compute_dtype).itemsize
 
 
 def decode_bytes_per_token(cfg, n_params: int, batch: int, length: int) -> float:
   """Bytes read from memory to make one token: the weights, shared by the batch, and the sequence's own cache.
   Times tokens per second it is the bandwidth in use."""
   weights = (n_params - looked_up(cfg)) * jnp.dtype(cfg.compute_dtype).itemsize
-  return weights / batch + cache_bytes(cfg, length)
+  return weights / batch + read_bytes(cfg, length)

@@ -192,7 +192,7 @@ class Transformer(nnx.Module):
 
     Args:
       segment_BT: 1, or 0 for padding, which is neither written nor seen.
-      caches: of model.cache.init_cache.
+      caches: of model.cache.init_paged_cache, which are told where these tokens stand.
       layers: of `unstack`, or None to slice the stacked blocks here (slower).
 
     Returns:

@@ -3,21 +3,25 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import pathlib
 
 import jax
 import numpy as np
 from flax import nnx
 
+from infer.load import decode_config
 from model.attention import ATTENTION
+from model.cache import init_paged_cache
 from model.config import ModelConfig, RopeScaling
 from model.ffn import FFN
 from model.kernels.attention import KERNEL
+from model.kernels.paged import Where
 from model.layers import NORM
 from model.moe import DISPATCH, ROUTER
 from model.parametrization import PARAMETRIZATION
 from model.sharding import make_mesh
-from model.transformer import NORM_POSITION, check_names, init_params
+from model.transformer import NORM_POSITION, abstract_params, check_names, init_params
 from train.step import abstract_batch, abstract_state, make_train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -165,3 +169,38 @@ def tiny(name, mesh_name="one"):
       return np.asarray(forward(params, put(cfg, mesh, batch)))[..., :cfg.vocab_size]
 
   return cfg, mesh, graphdef, params, logits
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _extend(graphdef, params, caches, where, token_1T, segment_1T):
+  model = nnx.merge(graphdef, params)
+  caches = tuple(dataclasses.replace(cache, where=where) for cache in caches)
+  x_1TD, caches = model.extend(token_1T, where.pos_T, segment_1T, caches)
+  return model.logits(x_1TD)[0], tuple(dataclasses.replace(cache, where=None) for cache in caches)
+
+
+def decode_logits(cfg, mesh, params, tokens_2S, *, cut, chunk=12, page_size=5):
+  """[2, S, V] of two sequences as the engine reads them: the first in chunks up to `cut`, then token by token
+  beside the second, which comes in chunks. Their pages lie anywhere."""
+  cfg, ends = decode_config(cfg, mesh), (cut, tokens_2S.shape[1])
+  out_2SV = np.full((*tokens_2S.shape, cfg.vocab_size), np.nan, np.float32)
+  page_2L = 1 + np.random.default_rng(0).permutation(2 * -(-ends[1] // page_size)).reshape(2, -1)
+  chunks = [(i, start, min(chunk, end - start)) for i, end in enumerate(ends) for start in range(0, end, chunk)]
+  rows = [None] * -(-cut // chunk) + [*range(cut, ends[1])]
+  with jax.set_mesh(mesh):
+    graphdef, _ = abstract_params(cfg, mesh)
+    caches = init_paged_cache(cfg, 1, 1 + page_2L.size, page_size)
+    for row, (i, start, n) in itertools.zip_longest(rows, chunks, fillvalue=(0, 0, 0)):
+      token_1T, pos_1T, segment_1T = (np.zeros((1, 1 + chunk), np.int32) for _ in range(3))
+      page_1ML = np.zeros((1, *page_2L.shape), np.int32)
+      if row is not None:
+        token_1T[0, 0], pos_1T[0, 0], segment_1T[0, 0], page_1ML[0, 0] = tokens_2S[0, row], row, 1, page_2L[0]
+      token_1T[0, 1:1 + n], segment_1T[0, 1:1 + n] = tokens_2S[i, start:start + n], 1
+      pos_1T[0, 1:], page_1ML[0, 1] = start + np.arange(chunk), page_2L[i]
+      where = Where(pos_1T, page_1ML, np.array([n], np.int32))
+      logits_TV, caches = _extend(graphdef, params, caches, where, token_1T, segment_1T)
+      logits_TV = np.asarray(logits_TV)[:, :cfg.vocab_size]
+      if row is not None:
+        out_2SV[0, row] = logits_TV[0]
+      out_2SV[i, start:start + n] = logits_TV[1:1 + n]
+  return out_2SV

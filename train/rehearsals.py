@@ -20,8 +20,7 @@ def render(r: dict) -> str:
   lines.append(f"memory     arguments {_gib(m['argument_size'])}, temporaries {_gib(temporaries)}, "
                f"new outputs {_gib(outputs)}, program {_gib(m['generated_code_size'])} GiB")
   lines += _largest(r)
-  call = "step" if r["what"] == "train step" else "call"
-  lines.append(f"{call:10} {r['step_s']:.3f} s: on the core {r['core_s']:.3f}, waiting for the wire "
+  lines.append(f"step       {r['step_s']:.3f} s: on the core {r['core_s']:.3f}, waiting for the wire "
                f"{r['exposed_s']:.3f}, attention kernels {r['kernels_s']:.3f} if at the peak "
                f"({r['kernel_runs']} runs of kernels, which the compiler does not estimate)")
   lines.append(f"           a model: the compiler's estimated_cycles at {r['clock_hz'] / 1e9:.2f} GHz, the "

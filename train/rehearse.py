@@ -258,7 +258,7 @@ def rehearse(cfg, target: Target, flags: dict) -> dict:
 
 
 def rehearse_decode(cfg, target: Target, context: int, flags: dict) -> dict:
-  """The report of one decode call with the largest batch of `context` tokens that is said to fit."""
+  """The report of one decode step with the largest batch of `context` tokens that is said to fit."""
   from train.rehearse_decode import lower_decode, plan_decode
   plan = plan_decode(cfg, target, context)
   if plan["batch"] == 0:

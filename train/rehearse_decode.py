@@ -1,17 +1,19 @@
 """The decode step of train.rehearse: how many sequences fit beside the weights, what reading them costs."""
+import dataclasses
 import functools
 import math
 
 import jax
 
-from infer.decode import State, decode, decode_config, start
-from infer.sampling import Sampling, stack_settings
-from model.cache import init_cache
-from model.count import active_parameters, decode_bytes_per_token
+from infer.load import cast_params, decode_config
+from infer.sampling import Sampling
+from infer.step import empty_inputs, empty_state, run_step, stack_inputs
+from model.cache import init_paged_cache
+from model.count import active_parameters, cache_bytes, decode_bytes_per_token, read_bytes
 from model.sharding import ways
 from model.transformer import abstract_params, unstack
 
-STEPS_PER_CALL = 8  # As infer.decode.Generator's.
+PAGE = 16  # Tokens, as infer.engine.Engine's.
 ROOM = 0.9  # Of HBM: what weights and caches may take; activations and the program need the rest.
 
 
@@ -40,35 +42,36 @@ def plan_decode(cfg, target, context: int) -> dict:
   n_read = (sum(math.prod(a.shape) for a in jax.tree.leaves(params)) if model.ffn == "moe" and each > 8
             else active_parameters(model, params))  # A batch meets all experts.
   # A device reads its own weights and caches for its part of each token.
-  step_s = (held + each * one) / target.chip.hbm_bandwidth
+  read = one * read_bytes(model, context) / cache_bytes(model, context)
+  step_s = (held + each * read) / target.chip.hbm_bandwidth
   return plan | {"bytes_per_token": decode_bytes_per_token(model, n_read, each * rows, context),
                  "bandwidth_step_s": step_s, "bandwidth_tokens_per_s": each * rows / step_s}
 
 
 def abstract_weights(model, mesh):
-  """What `decode` takes, as ShapeDtypeStructs: in the compute dtype, one tree a layer."""
+  """What a step takes, as ShapeDtypeStructs: in the compute dtype, one tree a layer."""
   _, params = abstract_params(model, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    from infer.decode import cast_params
     made = jax.eval_shape(lambda params: unstack(model, cast_params(model, params)), params)
   return _placed(made, mesh)
 
 
 def lower_decode(cfg, mesh, batch: int, context: int):
-  """infer.decode's program for a batch, with its state donated."""
+  """The engine's step in which all of a batch make a token, with its state donated."""
   model = decode_config(cfg.model, mesh)
   graphdef, _ = abstract_params(model, mesh)
-  row = lambda dtype, *more: jax.ShapeDtypeStruct(
-      (batch, *more), dtype, sharding=jax.NamedSharding(mesh, model.rules("batch", *[None] * len(more))))
-  settings = jax.tree.map(lambda a: row(a.dtype, *a.shape[1:]), stack_settings([Sampling()]))
+  W = ways(mesh, model.rules.batch)
+  S, L = batch // W, -(-context // PAGE)
+  by_way = lambda a: jax.NamedSharding(mesh, model.rules("batch", *[None] * (a.ndim - 1)))
+  inputs = dataclasses.replace(empty_inputs(W, S, 0, L, S, model.padded_vocab_size),
+                               settings=stack_inputs([Sampling()] * batch, [0] * batch, (), W))
+  inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=by_way(a)), inputs)
   weights = abstract_weights(model, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    state = jax.eval_shape(functools.partial(start, model, context), row("int32"), row("int32"),
-                           row("int32", model.padded_vocab_size))
-  assert isinstance(state, State)
+    state = jax.eval_shape(lambda: empty_state(model, W, S, S * L + 1, PAGE, None))
   with jax.set_mesh(mesh):
-    step = jax.jit(functools.partial(decode, graphdef, (0,), STEPS_PER_CALL), donate_argnums=3)
-    return step.trace(weights, settings, row("bool"), _placed(state, mesh)).lower(lowering_platforms=("tpu",))
+    step = jax.jit(functools.partial(run_step, graphdef), donate_argnums=2)
+    return step.trace(weights, inputs, _placed(state, mesh)).lower(lowering_platforms=("tpu",))
 
 
 def _placed(tree, mesh):
@@ -86,7 +89,7 @@ def _bytes(a):
 def _cache_bytes(model, mesh, rows, context):
   """Of one sequence a group of devices, on one of them."""
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    caches = jax.eval_shape(lambda: init_cache(model, rows, context))
+    caches = jax.eval_shape(lambda: init_paged_cache(model, rows, -(-context // PAGE), PAGE))
   return sum(_bytes(a) for a in jax.tree.leaves(_placed(caches, mesh)))
 
 

@@ -7,10 +7,10 @@ import jax
 
 from data.baselines import BASELINE
 from data.prepare import documents
-from infer.decode import Generator, decode_config
-from infer.load import load_params, open_run
+from infer.engine import Engine
+from infer.load import decode_config, load_params, open_run
 from infer.sampling import Sampling
-from infer.text import complete
+from infer.text import complete, encode_prompt
 from train.metrics import read_metrics
 from train.plot import plot_run
 
@@ -69,10 +69,12 @@ def _sample(cfg, workdir, mesh):
     return ""
   run = open_run(workdir)
   params, *_ = load_params(run, decode_config(run.model, mesh), mesh)
-  generator = Generator(run.model, params, mesh, stop_ids=(run.tokenizer.eos_id,))
+  prompts = [encode_prompt(run.tokenizer, prompt) for prompt in cfg.report.prompts]
+  engine = Engine(run.model, params, mesh, stop_ids=(run.tokenizer.eos_id,), slots=len(prompts),
+                  max_length=max(map(len, prompts)) + cfg.report.n_tokens)
   settings = [Sampling(max_tokens=cfg.report.n_tokens, temperature=cfg.report.temperature, seed=i)
               for i in range(len(cfg.report.prompts))]
-  done = complete(generator, run.tokenizer, list(cfg.report.prompts), settings)
+  done = complete(engine, run.tokenizer, prompts, settings)
   return "\n\n".join(["A sample (the first words were given):",
                       *(f"```\n{prompt}{text.text}\n```" for prompt, text in zip(cfg.report.prompts, done))])
 

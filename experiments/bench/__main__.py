@@ -3,7 +3,7 @@ machine does, measured in this run.
 
   train [--against=torch] [--rounds=10]   the fixed case of experiments/bench/case.py through train.step; with
                                           --against, PyTorch eager takes turns with it, a step each
-  decode [--batch=1,8]                    prefill and decode of the same model through infer.decode
+  decode [--batch=1,8]                    prefill and decode of the same model through infer.engine
   engine --model=DIR [--against=transformers]   the serving engine: decode of 1, 8 and 16 texts, and prefill
   serve --model=DIR                       load on infer.server: 16 clients, each asking again when its answer
                                           has ended; --static: they wait for each other; --rate=4: four
@@ -17,6 +17,7 @@ NumPy's BLAS and XLA, and its median), measured between the steps. Absolute figu
 compare; ratios within a run do.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -96,7 +97,7 @@ def decode(args):
   import jax
 
   from experiments.bench.case import train_config
-  from infer.decode import Generator
+  from infer.engine import Engine
   from infer.sampling import Sampling
   from model.count import decode_bytes_per_token, flops_per_token
   from model.sharding import make_mesh
@@ -104,28 +105,42 @@ def decode(args):
   cfg, mesh = train_config().model, make_mesh(fsdp=-1)
   with jax.set_mesh(mesh):
     params = init_params(cfg, mesh, jax.random.key(0))[1]
-  n_params, prompt, n_tokens = sum(a.size for a in jax.tree.leaves(params)), 512, 32
+  n_params, prompt = sum(a.size for a in jax.tree.leaves(params)), 512
   line, gemms, runs = (
       {"bench": "decode", "parameters": n_params, "prompt_tokens": prompt}, [measure_gemm(0.2, 1024)], [])
   for batch in args.batch:
-    generator = Generator(cfg, params, mesh)
+    n_tokens = 32 + 2 * batch  # Prompts are read one after the other, while others make tokens.
+    engine = Engine(cfg, params, mesh, slots=batch, max_length=prompt + n_tokens, keep_prefixes=False)
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, prompt)).tolist()
     seconds, prefill = [], []
     for i in range(WARM_UP + args.rounds):
-      generator.stats.decode_s = generator.stats.prefill_s = 0.0
-      made = sum(1 for _ in generator.generate(prompts, Sampling(max_tokens=n_tokens, temperature=0.0)))
-      assert made == batch * n_tokens, made
+      read_s, made_s, made = _generate(engine, prompts, Sampling(max_tokens=n_tokens, temperature=0.0))
+      assert made > 16 * batch, made
       if i >= WARM_UP:
-        seconds.append(generator.stats.decode_s / n_tokens)
-        prefill.append(batch * prompt / generator.stats.prefill_s)
+        seconds.append(made_s / made * batch)
+        prefill.append(batch * prompt / read_s)
       gemms.append(measure_gemm(0.2, 1024))
     forward = flops_per_token(cfg, prompt + n_tokens, n_params) / 3
     n_bytes = decode_bytes_per_token(cfg, n_params, batch, prompt + n_tokens // 2)
     speed = _speed(seconds, batch, gemms, batch * forward)
     runs.append({"batch": batch, **speed, "prefill_tokens_per_s": round(statistics.median(prefill)),
-                 "compile_s": round(generator.stats.compile_s, 1),
+                 "compile_s": round(engine.counters["compile_s"], 1),
                  "bytes_per_s": round(speed["tokens_per_s"] * n_bytes)})
   return line | runs[-1] | {"runs": runs}
+
+
+def _generate(engine, prompts, sampling):
+  """(seconds until all prompts are read, seconds in which all make tokens, how many they make then)."""
+  begin, waiting, n = time.perf_counter(), set(range(len(prompts))), 0
+  with contextlib.closing(engine.generate(prompts, sampling)) as tokens:
+    for token in tokens:
+      if waiting:
+        waiting.discard(token.request)
+        read = time.perf_counter()
+      elif token.finish is not None:
+        return read - begin, time.perf_counter() - read, n
+      else:
+        n += 1
 
 
 def engine(args):

@@ -190,5 +190,3 @@ def _block_logits(scale, cap, q_BKGTH, k_BKSH, mask, rows, keys):
 
 
 KERNEL = {"plain": plain, "dot_product": dot_product, "chunked": chunked, "splash": splash}
-# Of the kernels that need an aligned mask: what attends to a cache in their place.
-UNALIGNED = {"splash": "chunked"}

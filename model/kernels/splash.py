@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from model.kernels.platform import interpreted
 
-LANES = 128  # What the kernel's blocks are multiples of.
+LANES = 128  # What the blocks of kernels for TPU are multiples of.
 
 
 def splash(q_BTNH, k_BTKH, v_BTKH, mask, *, scale, cap):

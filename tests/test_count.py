@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model.cache import init_cache
-from model.count import cache_bytes, count_parameters, decode_bytes_per_token, flops_per_token
+from model.cache import init_paged_cache
+from model.count import cache_bytes, count_parameters, decode_bytes_per_token, flops_per_token, read_bytes
 from model.transformer import abstract_params
 from tests.tiny import abstract_batch, mesh_of, model_config
 from train.config import TrainConfig
@@ -75,9 +75,9 @@ def test_cache_bytes_are_those_of_the_cache():
   for changes in ({}, {"window": 5, "layer_pattern": ("local", "global"), "precision": "bf16"}):
     cfg = model_config(**changes)
     with jax.set_mesh(mesh_of("one")):
-      caches = init_cache(cfg, 1, 16)
-    arrays = [a for a in jax.tree.leaves(caches) if a.ndim == 4]  # A ring's positions are not counted.
-    assert cache_bytes(cfg, 16) == sum(a.nbytes for a in arrays)
+      caches = init_paged_cache(cfg, 1, 4, 4)
+    assert cache_bytes(cfg, 16) == sum(a.nbytes for a in jax.tree.leaves(caches))
+  assert read_bytes(cfg, 16) == cache_bytes(cfg, 16) * (5 + 16) / 32
   n_params = 1000 + cfg.padded_vocab_size * cfg.d_model
   np.testing.assert_allclose(decode_bytes_per_token(cfg, n_params, 4, 16),
-                             1000 * 2 / 4 + cache_bytes(cfg, 16))
+                             1000 * 2 / 4 + read_bytes(cfg, 16))

@@ -1,4 +1,4 @@
-"""Decode is the model that was trained: every variant, through pages. The engine itself: tests/test_engine.py."""
+"""Decode is the model that was trained: every variant, through pages. tests/test_engine.py has the rest."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,4 +67,5 @@ def test_casting_weights_once_changes_no_bit(attention):
     params = jax.tree.map(noisy, jax.device_get(init_params(cfg, mesh, jax.random.key(0))[1]))
     cast = cast_params(cfg, params)
   assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"]["scale"].dtype == jnp.float32
-  np.testing.assert_array_equal(*(decode_logits(cfg, mesh, p, random_tokens(), cut=CUT) for p in (params, cast)))
+  both = [decode_logits(cfg, mesh, p, random_tokens(), cut=CUT) for p in (params, cast)]
+  np.testing.assert_array_equal(*both)

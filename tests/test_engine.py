@@ -1,6 +1,7 @@
 """The engine: every token is the model's, whatever else runs, wherever pages, chunks and meshes cut."""
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ CASES = {
   "mixed windows": {"window": 12, "layer_pattern": ("local", "global"), "attention_softcap": 5.0},
   "mla": MLA,
   "moe": {**MOE, "qk_norm": "rmsnorm"},
+  "repeats": {**MOE, "n_kv_heads": 1, "n_layers": 8, "pipeline_repeats": 2},
 }
 
 
@@ -32,8 +34,9 @@ def make_config(**changes):
 
 
 @functools.cache
-def params_of(case):
-  cfg, mesh = make_config(**CASES[case]), mesh_of("one")
+def params_of(case, mesh=None):
+  """As training holds them, split over all axes."""
+  cfg, mesh = make_config(**CASES[case]), mesh or mesh_of("one")
   with jax.set_mesh(mesh):
     return cfg, *init_params(cfg, mesh, jax.random.key(0))
 
@@ -41,7 +44,7 @@ def params_of(case):
 @functools.cache
 def make_engine(case, mesh=None, **settings):
   """Shared by the tests, with what it has compiled."""
-  cfg, _, params = params_of(case)
+  cfg, _, params = params_of(case, mesh)
   return Engine(cfg, params, mesh or mesh_of("one"),
                 **{"slots": 4, "page_size": 4, "max_length": 200, "prefill_chunk": 16,
                    "row_buckets": (4,)} | settings)
@@ -156,6 +159,7 @@ def test_every_token_is_the_forward_pass(case):
   ("gqa", dict(tensor=2, data=2)),
   pytest.param("mla", dict(tensor=2, fsdp=2), marks=pytest.mark.slow),
   pytest.param("moe", dict(expert=2, tensor=2), marks=pytest.mark.slow),
+  pytest.param("repeats", dict(expert=2, stage=2, seq=2), marks=pytest.mark.slow),
   pytest.param("mixed windows", dict(tensor=4), marks=pytest.mark.slow)])  # Two kv heads on four devices.
 def test_on_a_mesh_too(case, sizes):
   n = np.prod(list(sizes.values()))
@@ -326,6 +330,9 @@ def test_what_others_left_in_pages_reaches_nothing():
 
 @pytest.mark.parametrize("n", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_nothing_compiles_after_warm_up(n):
+  """Not even one small operation."""
+  compiled = []
+  listen = lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
   engine = Engine(*params_of("gqa")[::2], mesh_of("one"), slots=3, page_size=4, max_length=100,
                   prefill_chunk=16)
   engine.warm_up()
@@ -333,7 +340,14 @@ def test_nothing_compiles_after_warm_up(n):
   assert before == len(engine.programs) == len(engine.row_buckets) + len(engine.chunk_buckets) + 1
   searches = [Request(prompt=[i] * 9, beams=BeamSearch(width=3), sampling=Sampling(max_tokens=9))
               for i in range(3)]
-  run(engine, mixed_requests(n, seed=3) + searches)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    run(engine, mixed_requests(n, seed=3) + searches)
+    assert not compiled
+    jax.jit(lambda x: x + len(compiled))(1.0)  # The listener does listen.
+    assert compiled
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
   assert engine.counters["compiles"] == before and engine.counters["steps"] > 50
 
 
@@ -352,3 +366,69 @@ def test_what_cannot_be_served_is_refused(prompt, changes, wrong):
     engine.submit(Request(prompt=prompt, score_from=changes.pop("score_from", 1),
                           sampling=Sampling(**changes)))
   assert not engine.has_work
+
+
+# Lists of prompts.
+
+def collect(engine, prompts, settings, **kwargs):
+  """The Tokens of each prompt."""
+  made = [[] for _ in prompts]
+  for token in engine.generate(prompts, settings, **kwargs):
+    made[token.request].append(token)
+  return made
+
+
+def random_prompts(*lengths, seed=4):
+  rng = np.random.default_rng(seed)
+  return [rng.integers(0, V, n).tolist() for n in lengths]
+
+
+def test_a_cancelled_prompt_gets_no_more_tokens():
+  engine, cancelled, count = make_engine("gqa"), set(), [0, 0]
+  for token in engine.generate(random_prompts(10, 12), Sampling(max_tokens=50), cancelled=cancelled):
+    count[token.request] += 1
+    if count[0] == 6:
+      cancelled.add(0)
+  assert count == [6, 50] and engine.gauges()["pages_used"] == 0
+  tokens = engine.generate(random_prompts(10, 12), Sampling(max_tokens=50))
+  next(tokens)
+  tokens.close()  # Who asked has gone.
+  assert engine.gauges() == {"running": 0, "waiting": 0, "pages_used": 0, "pages_total": 200}
+
+
+def test_seconds_are_told_apart():
+  engine = make_engine("gqa")
+  collect(engine, random_prompts(60, 60), Sampling(max_tokens=8))  # What is compiled is compiled.
+  before = engine.counters
+  collect(engine, random_prompts(60, 60, seed=5), Sampling(max_tokens=8))
+  more = engine.counters - before
+  assert more["compile_s"] == 0 < more["prefill_s"] and more["decode_s"] > 0
+  assert more["prompt_tokens"] == 120 and more["generated_tokens"] == 16
+  assert more["decode_tokens"] == 16 - 1 - 4 - 1  # Four steps read the second prompt beside the first text.
+
+
+@pytest.mark.parametrize("prompts, settings, wrong", [
+  ([[1], []], Sampling(), "prompt 1: the prompt is empty"),
+  ([[1]], [Sampling(), Sampling()], "2 settings for 1 prompts"),
+  ([[1]], Sampling(top_p=2.0), "top_p=2.0")])
+def test_mistakes_are_named_before_anything_runs(prompts, settings, wrong):
+  engine = make_engine("gqa")
+  with pytest.raises(ValueError, match=wrong):
+    engine.generate(prompts, settings)
+  assert not engine.has_work or not engine.gauges()["running"]
+
+
+@pytest.mark.parametrize("case", ["mixed windows", "mla"])
+def test_pages_are_updated_in_place(case):
+  """Donated buffers are reused, and none is copied as it lies."""
+  engine = make_engine(case)
+  collect(engine, random_prompts(20, 30), Sampling(max_tokens=4))
+  caches = jax.tree.leaves(engine._state.caches)
+  n_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in caches)
+  big = {",".join(map(str, a.shape[i:])) for a in caches for i in (0, 1)}
+  big |= {",".join(map(str, a.shape)) for a in jax.tree.leaves(engine._weights) if a.size >= 1024}
+  for program in engine.programs.values():
+    assert program.memory_analysis().alias_size_in_bytes >= n_bytes
+    copies = [line for line in program.as_text().splitlines()
+              if " copy(" in line and any(f"[{s}]" in line for s in big)]
+    assert not copies

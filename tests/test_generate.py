@@ -1,9 +1,11 @@
 """Text in, text out: streaming, stop strings, and the command line on a small run."""
+import collections
 import io
 import json
 import os
 import re
 import shutil
+import signal
 
 import jax
 import pytest
@@ -12,7 +14,7 @@ from configs.tiny import get_config
 from data.config import TokenizerConfig
 from data.flags import as_json, write_config_json
 from data.tokenizer import Tokenizer, train_tokenizer
-from infer.decode import Generator, Stats, Token
+from infer.engine import Engine, Token
 from infer.generate import find_run, main, make_parser, read_requests
 from infer.load import keep_tokenizer, load_params, open_chat, open_run
 from infer.sampling import Sampling
@@ -108,20 +110,21 @@ def run_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spoken(run_path):
-  """(generator, tokenizer) of its newest weights."""
+  """(engine, tokenizer) of its newest weights."""
   run, mesh = open_run(run_path), mesh_of("one")
   params, step, weights, rejected = load_params(run, run.model, mesh)
   assert (step, weights, rejected) == (40, "ema", [])
-  return Generator(run.model, params, mesh, stop_ids=(run.tokenizer.eos_id,)), run.tokenizer
+  return Engine(run.model, params, mesh, stop_ids=(run.tokenizer.eos_id,), slots=4, row_buckets=(4,),
+                max_length=128), run.tokenizer
 
 
 def test_streamed_pieces_are_the_completion(spoken):
-  generator, tokenizer = spoken
+  engine, tokenizer = spoken
   prompts, settings = ["", "The quick", "naïve 東"], [Sampling(seed=i, max_tokens=40) for i in range(3)]
   texts = ["", "", ""]
-  for piece in stream(generator, tokenizer, prompts, settings):
+  for piece in stream(engine, tokenizer, prompts, settings):
     texts[piece.request] += piece.text
-  done = complete(generator, tokenizer, prompts, settings)
+  done = complete(engine, tokenizer, prompts, settings)
   assert texts == [c.text for c in done]
   for prompt, c in zip(prompts, done):
     whole = tokenizer.decode(encode_prompt(tokenizer, prompt) + c.tokens)
@@ -130,11 +133,11 @@ def test_streamed_pieces_are_the_completion(spoken):
 
 
 def test_a_stop_string_ends_one_request_and_not_the_others(spoken):
-  generator, tokenizer = spoken
+  engine, tokenizer = spoken
   settings = Sampling(seed=5, max_tokens=60, temperature=0.8)
-  free, other = complete(generator, tokenizer, ["The", "def"], settings)
+  free, other = complete(engine, tokenizer, ["The", "def"], settings)
   stop = free.text[10:13]  # Wherever the tokens cut it.
-  cut, same = complete(generator, tokenizer, ["The", "def"], [
+  cut, same = complete(engine, tokenizer, ["The", "def"], [
       Sampling(seed=5, max_tokens=60, temperature=0.8, stop=(stop,)), settings])
   assert (cut.text, cut.finish) == (free.text[:free.text.index(stop)], "stop")
   assert len(cut.tokens) < len(free.tokens)
@@ -263,22 +266,24 @@ def model_path(run_path):
 
 class Scripted:
   """Says "Hi <", then the last of its stop ids; what it was asked is in `asked`. Nothing is compiled."""
-  asked, says = [], []
+  asked, says, interrupted = [], [], False
 
-  def __init__(self, cfg, params, mesh, *, stop_ids, batch_size):
-    self.stop_ids, self.stats = stop_ids, Stats()
+  def __init__(self, cfg, params, mesh, *, stop_ids, max_length, **settings):
+    self.stop_ids, self.max_length, self.counters = stop_ids, max_length, collections.Counter()
 
   def generate(self, prompts, settings, *, cancelled):
     for i, prompt in enumerate(prompts):
       self.asked.append((list(prompt), self.stop_ids))
       for token in (*self.says, self.stop_ids[-1]):
-        yield Token(i, token, 0.0, "stop" if token == self.stop_ids[-1] else None)
+        if self.interrupted:
+          signal.raise_signal(signal.SIGINT)
+        yield Token(i, token, 0.0, (), "stop" if token == self.stop_ids[-1] else None)
 
 
 @pytest.fixture
 def talker(model_path, monkeypatch):
   """(tokenizer, chat, what the model was asked)."""
-  monkeypatch.setattr("infer.decode.Generator", Scripted)
+  monkeypatch.setattr("infer.engine.Engine", Scripted)
   monkeypatch.setattr(Scripted, "asked", [])
   run = open_run(model_path, "--model")
   assert run.tokenizer.vocab_size == 320 and not run.tokenizer.decode([319])  # Rows without a token.
@@ -308,6 +313,40 @@ def test_a_conversation_keeps_what_was_said(model_path, talker, capsys, monkeypa
       ("user", "Who?"), ("assistant", "Hi <"), ("user", "And <|eot_id|>?"),
       ("assistant", "Hi <"), ("user", "So"))]
   assert [ids for ids, _ in asked] == [chat.encode(said[:n]) for n in (1, 3, 5)]
+
+
+def test_a_conversation_forgets_what_it_has_no_room_for(model_path, talker, capsys, monkeypatch):
+  _, chat, asked = talker
+  monkeypatch.setattr("infer.generate.TALK", 256)
+  monkeypatch.setattr("sys.stdin", io.StringIO("One?\nTwo?\nThree?\n"))
+  code, out, err = run_main(capsys, f"--model={model_path}", "--max_tokens=150", "--system=Be kind")
+  assert code == 0 and out == "Hi <\n" * 3 and "note: the first 2 messages are forgotten" in err
+  said = [{"role": r, "content": c} for r, c in (
+      ("system", "Be kind"), ("user", "Two?"), ("assistant", "Hi <"), ("user", "Three?"))]
+  assert asked[2][0] == chat.encode(said)
+  monkeypatch.setattr("sys.stdin", io.StringIO("Why? " * 100))
+  code, _, err = run_main(capsys, f"--model={model_path}", "--max_tokens=150")
+  assert code == 2 and "there is room for 106 beside an answer" in err
+
+
+def test_an_answer_is_interrupted(model_path, talker, capsys, monkeypatch):
+  """By Ctrl-C, between two tokens; the conversation goes on, and so does what Ctrl-C meant before."""
+  before = signal.getsignal(signal.SIGINT)
+  monkeypatch.setattr(Scripted, "interrupted", True)
+  monkeypatch.setattr("sys.stdin", io.StringIO("Who?\nSo?\n"))
+  code, out, _ = run_main(capsys, f"--model={model_path}")
+  tokenizer, _, asked = talker
+  assert code == 0 and out == (tokenizer.decode(Scripted.says[:1]) + "\n") * 2 and len(asked) == 2
+  assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_text_longer_than_the_table_of_positions_is_refused(model_path, talker, capsys):
+  path = shutil.copytree(model_path, model_path.parent / "short")
+  config = json.loads((path / "config.json").read_text())
+  config["config"]["model"] |= {"positions": "learned", "max_length": 30}
+  (path / "config.json").write_text(json.dumps(config))
+  code, _, err = run_main(capsys, f"--model={path}", "--raw", "--prompt=abc", "--max_tokens=40")
+  assert code == 2 and re.search("max_tokens=40 are more than the model.max_length=30 .*nearest valid", err)
 
 
 @pytest.mark.parametrize("flags, words", [

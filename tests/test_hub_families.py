@@ -12,20 +12,16 @@ import tempfile
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from infer.decode import decode_config
-from model.cache import init_cache
 from model.hub.convert import export_model, open_source, read_model
 from model.hub.families import find_family, find_lost
 from model.hub.orbax import read_array, read_tree, restore_params
-from model.sharding import place
 from model.transformer import abstract_params
 from tests.hub_cases import CASES, import_folder, settings, transformers_model, write_folder
-from tests.tiny import mesh_of
+from tests.tiny import decode_logits, mesh_of
 
 T = 64
 FIRST = dict(reversed({CASES[case][0]: case for case in reversed(CASES)}.items()))  # Family -> its first.
@@ -131,30 +127,11 @@ def test_packed_rows_are_their_documents(case):
 
 @every_case
 def test_decode_is_the_forward(case):
-  """Half of the row as a prompt, then token by token, through the caches."""
+  """Through pages: half of one row as a prompt, then token by token, beside the other."""
   need_transformers()
   run, tokens_BT = folder_of(case)[1], tokens_of(case)
-  cfg, mesh, graphdef, params, _ = program(run)
-  cfg = decode_config(cfg, mesh)
-  forward = ours(run, tokens_BT)
-
-  with jax.set_mesh(mesh):
-    graphdef, abstract = abstract_params(cfg, mesh)
-    params = jax.device_put(params, jax.tree.map(lambda a: a.sharding, abstract))
-
-    @functools.partial(jax.jit, static_argnums=4)
-    def extend(params, caches, tokens_BT, start, n):
-      model = nnx.merge(graphdef, params)
-      pos_BT = jnp.broadcast_to(start + jnp.arange(n, dtype=jnp.int32)[None], (2, n))
-      x_BTD, caches = model.extend(tokens_BT, pos_BT, jnp.ones((2, n), jnp.int32), caches)
-      return model.logits(x_BTD), caches
-
-    caches, at, n_prompt = init_cache(cfg, 2, T), 0, 40
-    for n in [n_prompt, *[1] * (T - n_prompt)]:
-      part = jax.device_put(tokens_BT[:, at:at + n], place(mesh, jax.P(("data", "fsdp", "expert"), None)))
-      logits, caches = extend(params, caches, part, at, n)
-      assert largest(np.asarray(logits)[..., :cfg.vocab_size], forward[:, at:at + n]) < ATOL
-      at += n
+  cfg, mesh, _, params, _ = program(run)
+  assert largest(decode_logits(cfg, mesh, params, tokens_BT, cut=40), ours(run, tokens_BT)) < ATOL
 
 
 @every_case

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.tokenizer import load_tokenizer
-from infer.decode import Generator
+from infer.engine import Engine
 from infer.sampling import Sampling
 from model.hub.convert import export_model, import_model, open_source
 from tests.test_hub_families import largest, need_transformers, ours, program, theirs
@@ -86,8 +86,9 @@ def test_greedy_tokens(name):
   prompts = [tokenizer.encode(text) for text in PROMPTS]
   if name.startswith("Gemma"):
     prompts = [[tokenizer.bos_id, *prompt] for prompt in prompts]
-  generator, made = Generator(cfg, params, mesh), [[] for _ in prompts]
-  for token in generator.generate(prompts, Sampling(temperature=0.0, max_tokens=64)):
+  engine = Engine(cfg, params, mesh, slots=len(prompts), max_length=128)
+  made = [[] for _ in prompts]
+  for token in engine.generate(prompts, Sampling(temperature=0.0, max_tokens=64)):
     made[token.request].append(token.id)
   for prompt, own in zip(prompts, made):
     with torch.no_grad():

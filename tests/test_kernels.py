@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 
 from configs.tiny import get_config
-from infer.decode import decode_config
+from infer.load import decode_config
 from infer.sampling import Sampling
 from infer.step import empty_inputs, empty_state, run_step, stack_inputs
 from model.config import ModelConfig

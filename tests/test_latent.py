@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from infer.decode import Generator
+from infer.engine import Engine
 from infer.sampling import Sampling
-from model.cache import init_cache
+from model.cache import init_paged_cache
 from model.count import cache_bytes, flops_per_token
 from model.sharding import make_mesh
 from model.transformer import init_params
@@ -49,7 +49,7 @@ def test_the_cache_is_the_latents():
   for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
     cfg = dataclasses.replace(CFG, compute_dtype=dtype)
     with jax.set_mesh(mesh_of("one")):
-      held = sum(a.nbytes for a in jax.tree.leaves(init_cache(cfg, 3, 64)))
+      held = sum(a.nbytes for a in jax.tree.leaves(init_paged_cache(cfg, 1, 3 * 4, 16)))
     assert held == 3 * 64 * cfg.n_layers * (16 + 4) * itemsize == 3 * cache_bytes(cfg, 64)
   deepseek = dataclasses.replace(cfg, kv_lora_rank=512, qk_rope_head_dim=64, n_layers=61)
   assert cache_bytes(deepseek, 1) == 61 * (512 + 64) * 2
@@ -68,8 +68,8 @@ def test_sharded_decode_equals_one_device():
   for mesh in (mesh_of("one"), make_mesh(fsdp=4, tensor=2)):
     with jax.set_mesh(mesh):
       _, params = init_params(CFG, mesh, jax.random.key(0))
-    generator = Generator(CFG, params, mesh, prefill_chunk=32)
-    made.append(list(generator.generate(prompts, Sampling(temperature=0.0, max_tokens=12))))
+    engine = Engine(CFG, params, mesh, prefill_chunk=32, max_length=64)
+    made.append(list(engine.generate(prompts, Sampling(temperature=0.0, max_tokens=12))))
   one, sharded = (sorted(tokens, key=lambda token: token.request) for tokens in made)
   assert [(t.request, t.id, t.finish) for t in one] == [(t.request, t.id, t.finish) for t in sharded]
   np.testing.assert_allclose([t.logprob for t in one], [t.logprob for t in sharded], atol=1e-5)

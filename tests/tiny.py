@@ -185,7 +185,7 @@ def decode_logits(cfg, mesh, params, tokens_2S, *, cut, chunk=12, page_size=5):
   cfg, ends = decode_config(cfg, mesh), (cut, tokens_2S.shape[1])
   out_2SV = np.full((*tokens_2S.shape, cfg.vocab_size), np.nan, np.float32)
   page_2L = 1 + np.random.default_rng(0).permutation(2 * -(-ends[1] // page_size)).reshape(2, -1)
-  chunks = [(i, start, min(chunk, end - start)) for i, end in enumerate(ends) for start in range(0, end, chunk)]
+  chunks = [(i, at, min(chunk, end - at)) for i, end in enumerate(ends) for at in range(0, end, chunk)]
   rows = [None] * -(-cut // chunk) + [*range(cut, ends[1])]
   with jax.set_mesh(mesh):
     graphdef, _ = abstract_params(cfg, mesh)

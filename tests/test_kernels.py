@@ -128,6 +128,19 @@ def test_paged_is_plain_attention_to_each_sequence(window, cap):
     np.testing.assert_allclose(got[token], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("H", [64, 128])
+def test_pages_go_to_the_kernel_where_it_can_read_them(H):
+  """On TPU it takes heads of whole lanes."""
+  def run(q, kv):
+    where = Where(jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 5, 8), jnp.int32), jnp.zeros((1,), jnp.int32))
+    return PagedCache(kv, None, where).attend(q, q[:, :, :2], q[:, :, :2], own_heads=lambda x: x, latent=None,
+                                              window=None, scale=1.0, cap=None)
+
+  with jax.sharding.use_abstract_mesh(abstract_mesh(on="tpu")):
+    jaxpr = jax.make_jaxpr(run)(jnp.zeros((1, 4, 4, H)), jnp.zeros((1, 9, 16, 4, H)))
+  assert ("ragged_paged_attention" in str(jaxpr)) == (H == 128)
+
+
 @pytest.mark.parametrize("changes, seq, tpu, others", [
   ({}, 1, "splash", "dot_product"),
   (dict(attention_softcap=5.0), 1, "splash", "chunked"),

@@ -165,15 +165,14 @@ def test_the_step_of_a_run_is_compiled_for_tpus(tmp_path):
 
 @pytest.mark.slow
 @COMPILER
-@pytest.mark.parametrize("head_dim, runs", [(128, 2), (64, 0)])  # The kernel is made for heads of 128.
-def test_the_engines_step_is_compiled_for_tpus(tmp_path, head_dim, runs):
-  sizes = dict(n_layers=2, d_model=1024, head_dim=head_dim, n_heads=16, n_kv_heads=16, precision="bf16")
+def test_the_engines_step_is_compiled_for_tpus(tmp_path):
+  sizes = dict(n_layers=2, d_model=1024, head_dim=128, n_heads=16, n_kv_heads=16, precision="bf16")
   done = command("--config=configs/tiny.py", "--topology=v5e:2x2", "--decode", "--context=32768", "--json",
                  "--config.mesh.fsdp=2", "--config.mesh.tensor=2", f"--config.data.cache_path={tmp_path}",
                  *(f"--config.model.{name}={size}" for name, size in sizes.items()))
   assert done.returncode == 0, done.stderr
   [report] = json.loads(done.stdout)["reports"]
-  assert report["fits"] and report["kernel_runs"] == runs and report["batch"] % 2 == 0 < report["batch"]
+  assert report["fits"] and report["kernel_runs"] == 2 and report["batch"] % 2 == 0 < report["batch"]
   assert {"all-reduce"} <= {t["kind"] for t in report["transfers"]}
   assert report["memory"]["alias_size"] > report["cache_bytes"]  # Pages stay where they are.
 

@@ -16,6 +16,7 @@ from configs.tiny import get_config
 from infer.load import decode_config
 from infer.sampling import Sampling
 from infer.step import empty_inputs, empty_state, run_step, stack_inputs
+from model.cache import PagedCache
 from model.config import ModelConfig
 from model.kernels.attention import KERNEL, Mask
 from model.kernels.grouped import GROUPED
@@ -137,7 +138,8 @@ def test_pages_go_to_the_kernel_where_it_can_read_them(H):
                                               window=None, scale=1.0, cap=None)
 
   with jax.sharding.use_abstract_mesh(abstract_mesh(on="tpu")):
-    jaxpr = jax.make_jaxpr(run)(jnp.zeros((1, 4, 4, H)), jnp.zeros((1, 9, 16, 4, H)))
+    shapes = (1, 4, 4, H), (1, 9, 16, 4, H)
+    jaxpr = jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes))
   assert ("ragged_paged_attention" in str(jaxpr)) == (H == 128)
 
 

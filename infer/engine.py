@@ -22,7 +22,7 @@ from infer.scheduler import Scheduler
 from infer.step import SCORED_TOGETHER, Inputs, empty_inputs, empty_state, fork, run_step, stack_inputs
 from model.config import ModelConfig
 from model.sharding import place, ways
-from model.transformer import abstract_params, unstack
+from model.transformer import abstract_params, turn_weights, unstack
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +121,8 @@ class Engine:
       self._graphdef, abstract = abstract_params(self.cfg, mesh)
       params = jax.device_put(params, jax.tree.map(lambda a: a.sharding, abstract))
       self._weights = unstack(self.cfg, cast_params(self.cfg, params))
+      if mesh.devices.flat[0].platform == "cpu":
+        self._graphdef, *self._weights = turn_weights(self.cfg, self._graphdef, *self._weights)
       make = functools.partial(empty_state, self.cfg, self.n_ways, self.slots, self.n_pages, page_size,
                                cache_dtype)
       self._state = jax.jit(make)()

@@ -15,7 +15,8 @@ from model.ffn import FFN
 from model.kernels.attention import HIDDEN, KERNEL
 from model.kernels.grouped import GROUPED
 from model.kernels.platform import AUTO
-from model.layers import INIT, NORM, dropout, embed_shards, lift, read, several, softcap, token_axes, weight
+from model.layers import (INIT, NORM, dropout, embed_shards, lift, multiply, read, several, softcap, token_axes,
+                          turn, turned, weight)
 from model.lookup import check_choice, lookup
 from model.moe import DISPATCH, ROUTER
 from model.parametrization import PARAMETRIZATION, init_factor
@@ -253,15 +254,31 @@ class Transformer(nnx.Module):
 
   def head_shards(self):
     """The output matrix [D, V] in the compute dtype, split over "vocab" and as the loss gathers it."""
-    tied = self.cfg.head == "tied"
-    w, _ = embed_shards(self.cfg, self.embed if tied else self.unembed)
-    return w.T if tied else w
+    w, _ = embed_shards(self.cfg, self._head)
+    return w.T if self._vocab_first else w
+
+  @property
+  def _head(self):
+    return self.embed if self.cfg.head == "tied" else self.unembed
+
+  @property
+  def _vocab_first(self):
+    return self.cfg.head == "tied" or turned(self._head) > 0
 
   def logits(self, x_BTD):
     """float32 [B, T, padded V], split over "vocab"; what pads the vocabulary has no mass."""
-    x_BTD = jax.sharding.reshard(x_BTD, self.cfg.rules("batch", "length", None))
-    head_DV = jax.sharding.reshard(self.head_shards(), self.cfg.rules(None, "vocab"))
-    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
+    rules, head, vocab_first = self.cfg.rules, self._head, self._vocab_first
+    dims, axes = ("VD", ("vocab", None)) if vocab_first else ("DV", (None, "vocab"))
+
+    def local(x_btD, w):
+      logits_cv = multiply(f"CD,{dims}->CV", x_btD.reshape(-1, x_btD.shape[2]), w, turned(head),
+                           preferred_element_type=jnp.float32)
+      return logits_cv.reshape(*x_btD.shape[:2], -1)
+
+    w, _ = embed_shards(self.cfg, head)
+    logits_BTV = on_devices(local, (rules("batch", "length", None), rules(*axes)),
+                            rules("batch", "length", "vocab"))(
+        jax.sharding.reshard(x_BTD, rules("batch", "length", None)), jax.sharding.reshard(w, rules(*axes)))
     real_V = jnp.arange(logits_BTV.shape[-1]) < self.cfg.vocab_size
     return jnp.where(lift(real_V, 3), softcap(logits_BTV, self.cfg.logit_softcap), HIDDEN)
 
@@ -361,3 +378,26 @@ def unstack(cfg, params):
     return layers
 
   return {**params, **jax.tree.map(lambda a: jnp.zeros(()), stacks)}, slice_all(stacks)
+
+
+def turn_weights(cfg, graphdef, params, layers):
+  """(graphdef, params, layers): what `unstack` made, its weights as a CPU multiplies few tokens fastest
+  (model.layers.multiply)."""
+  model = nnx.merge(graphdef, params)
+  blocks = [getattr(model, name)[i] for name, i, _ in (layer_place(cfg, n) for n in range(cfg.n_layers))]
+  heads = {"unembed": model.unembed} if cfg.head == "untied" else {}
+  is_param = lambda x: isinstance(x, nnx.Variable)
+  for param in jax.tree.leaves([*map(nnx.state, {id(b): b for b in blocks}.values()), heads], is_leaf=is_param):
+    turn(param)
+  if cfg.head == "tied":
+    model.embed.set_metadata(n_turned=1)  # It lies so.
+
+  def turn_array(n, a):
+    return jnp.moveaxis(a, range(n), range(-n, 0))
+
+  n_turned = [nnx.to_pure_dict(jax.tree.map(lambda p: p.replace(turned(p)), nnx.state(b), is_leaf=is_param))
+              for b in blocks]
+  tops = jax.tree.map(turned, heads, is_leaf=is_param)
+  turn_all = jax.jit(lambda arrays: jax.tree.map(turn_array, (n_turned, tops), arrays))
+  layers, top = turn_all((layers, {name: params[name] for name in heads}))
+  return nnx.split(model)[0], {**params, **top}, layers

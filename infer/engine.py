@@ -79,7 +79,7 @@ class Engine:
       decode_tokens.
   """
 
-  def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), slots: int = 16, page_size: int = 16,
+  def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), slots: int = 16, page_size: int = 32,
                n_pages: int | None = None, max_length: int | None = None, prefill_chunk: int = 256,
                row_buckets: tuple[int, ...] | None = None, cache_dtype: str | None = None,
                keep_prefixes: bool = True):
@@ -91,8 +91,8 @@ class Engine:
       n_pages: of all pools together; None: as many as `slots` requests of max_length need.
       max_length: most tokens of a prompt and its text; None: the model's, or 2048.
       prefill_chunk: most tokens of a prompt that are fed in a step.
-      row_buckets: for how many requests that make a token, of one way, there are programs; None: 2, 8,
-        32, ... and as many as there are slots. (With 1, XLA:CPU copies the pages in every step.)
+      row_buckets: for how many requests that make a token, of one way, there are programs; None: 1, 4,
+        16, ... and as many as there are slots.
       cache_dtype: "int8", or the compute dtype.
 
     Raises:
@@ -109,12 +109,12 @@ class Engine:
     self.slots = -(-slots // self.n_ways)
     self._pages_each = -(-self.max_length // page_size)
     self.n_pages = (self.slots * self._pages_each if n_pages is None else -(-n_pages // self.n_ways)) + 1
-    self.row_buckets = row_buckets or _buckets(2, max(self.slots, 2))
+    self.row_buckets = row_buckets or _buckets(1, self.slots)
     self.chunk_buckets = _buckets(min(32, prefill_chunk), prefill_chunk)
     self.schedulers = [Scheduler(slots=self.slots, n_pages=self.n_pages, page_size=page_size,
                                  chunk=prefill_chunk, keep_prefixes=keep_prefixes)
                        for _ in range(self.n_ways)]
-    self.programs, self._counters = {}, collections.Counter()
+    self.programs, self._there, self._counters = {}, {}, collections.Counter()
     self._requests, self._next_id = {}, 0  # id -> _Running.
     self._unread = collections.deque()  # (plans, what the device made of them).
     with jax.set_mesh(mesh):
@@ -316,13 +316,12 @@ class Engine:
         slot_WN[w, n], token_WN[w, n] = row.slot, row.token
         if row.copied is not None:
           from_WN[w, n], to_WN[w, n] = row.copied, row.pages[row.position // self.page_size]
-    arrays = [self._put(a) for a in (slot_WN, token_WN, from_WN, to_WN)]
+    arrays = self._put([slot_WN, token_WN, from_WN, to_WN])
     self._state = self._compiled("fork", fork, 0, self._state, *arrays)
 
   def _run(self, inputs, R, C):
-    inputs = jax.tree.map(self._put, inputs)
     self._state, made = self._compiled((R, C), functools.partial(run_step, self._graphdef), 2, self._weights,
-                                       inputs, self._state)
+                                       self._put_changed(inputs, R, C), self._state)
     return made
 
   def _compiled(self, key, function, donated, *args):
@@ -334,8 +333,20 @@ class Engine:
         self._counters["compile_s"] += time.perf_counter() - began
       return self.programs[key](*args)
 
-  def _put(self, a):
-    return jax.device_put(a, place(self.mesh, self.cfg.rules("batch", *[None] * (a.ndim - 1))))
+  def _put_changed(self, inputs, R, C):
+    """On the devices; what is as in the last step of this shape is there already."""
+    new, tree = jax.tree.flatten(inputs)
+    old, there = self._there.get((R, C)) or ([None] * len(new), [None] * len(new))
+    changed = [i for i, (a, b) in enumerate(zip(new, old)) if b is None or not np.array_equal(a, b)]
+    there = list(there)
+    for i, a in zip(changed, self._put([new[i] for i in changed])):
+      there[i] = a
+    self._there[R, C] = new, there
+    return tree.unflatten(there)
+
+  def _put(self, arrays):
+    places = [place(self.mesh, self.cfg.rules("batch", *[None] * (a.ndim - 1))) for a in arrays]
+    return jax.device_put(arrays, places)
 
   def _read(self, plans, made) -> list[Token | Scored]:
     made, events = jax.tree.map(np.asarray, made), []

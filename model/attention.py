@@ -25,11 +25,11 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None, 
   """
   rules = cfg.rules
   settings = dict(scale=cfg.scale, cap=cfg.attention_softcap)
-  own_heads = lambda x, n: _own_heads(cfg, x, n) if kv_heads == "kv_heads" else x
+  own_heads = lambda x, n, axis=2: _own_heads(cfg, x, n, axis) if kv_heads == "kv_heads" else x
 
   def local(q_btnh, k_btkh, v_btkh, pos_bt, segment_bt, cache):
     if cache is not None:
-      return cache.attend(q_btnh, k_btkh, v_btkh, own_heads=lambda x: own_heads(x, q_btnh.shape[2]),
+      return cache.attend(q_btnh, k_btkh, v_btkh, own_heads=lambda x: own_heads(x, q_btnh.shape[2], axis=1),
                           latent=cfg.kv_lora_rank if v_btkh is None else None, window=window, **settings)
     kernel = lookup(KERNEL, cfg.attention_impl, "model.attention_impl")
     k_btkh, v_btkh = (own_heads(x, q_btnh.shape[2]) for x in (k_btkh, v_btkh))
@@ -47,15 +47,15 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None, 
       q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache)
 
 
-def _own_heads(cfg, x_bskh, n):
-  """Of kv heads that every device holds, those that the n query heads of this one attend to."""
+def _own_heads(cfg, x, n, axis):
+  """Of kv heads that every device holds, along `axis`, those that the n query heads of this one attend to."""
   heads = cfg.rules.heads
   if cfg.rules.kv_heads == heads or jax.lax.axis_size(heads) == 1:
-    return x_bskh
+    return x
   group, first = cfg.n_heads // cfg.n_kv_heads, jax.lax.axis_index(heads) * n
   if group % n == 0:
-    return jax.lax.dynamic_slice_in_dim(x_bskh, first // group, 1, axis=2)
-  return jnp.take(x_bskh, (first + jnp.arange(n)) // group, axis=2)
+    return jax.lax.dynamic_slice_in_dim(x, first // group, 1, axis=axis)
+  return jnp.take(x, (first + jnp.arange(n)) // group, axis=axis)
 
 
 class GQAttention(nnx.Module):

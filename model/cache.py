@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from model.kernels.paged import Where, paged
+from model.kernels.paged import Where, paged, paged_on_tpu
+from model.kernels.platform import platform
 from model.kernels.splash import LANES
 
 
@@ -17,64 +18,93 @@ class PagedCache:
   Everything leads with the W ways of the batch: each has a pool of its own, and its row holds the tokens of
   all its sequences, as model.kernels.paged has them.
   """
-  kv_WPAKH: jax.Array  # The key of each kv head before its value; of latent attention, the latent alone.
-  scale_WPAK: jax.Array | None  # Of int8 pages: what each key or value is a multiple of.
+  kv_WPcKAH: jax.Array  # c: keys, values; of latent attention, the latent alone. Or as TPUPagedCache has it.
+  scale_WPcKA: jax.Array | None  # Of int8 pages: what each key or value is a multiple of.
   where: Where | None
 
   def attend(self, q_1TNH, k_1TKH, v_1TKH, *, own_heads, latent, **settings):
     """Writes the step's tokens, and lets them attend.
 
     Args:
-      own_heads: k_BSKH -> the kv heads of these queries.
+      own_heads: k_BKAH -> the kv heads of these queries.
       latent: how many numbers of a key are its value, where v_1TKH is None.
 
     Returns:
       (out_1TNH, cache).
     """
     where = jax.tree.map(lambda a: a[0], self.where)
-    kv_TKH = k_1TKH[0]
-    if v_1TKH is not None:
-      kv_TKH = jnp.stack([kv_TKH, v_1TKH[0]], axis=2).reshape(kv_TKH.shape[0], -1, kv_TKH.shape[2])
-    slots = where.slots(self.kv_WPAKH.shape[2])
-    scale_PAK, dtype = None, q_1TNH.dtype
-    if self.scale_WPAK is not None:
-      kv_TKH, scale_TK = quantise(kv_TKH)
-      scale_PAK = self.scale_WPAK[0].at[slots].set(scale_TK)
-    kv_PAKH = self.kv_WPAKH[0].at[slots].set(kv_TKH.astype(self.kv_WPAKH.dtype))
+    kv_TcKH = jnp.stack([x[0] for x in (k_1TKH, v_1TKH) if x is not None], axis=1)
+    page_T, offset_T = where.slots(self.kv_WPcKAH.shape[4])
+    put = lambda pool, x: _put(pool[0], x.astype(pool.dtype), page_T, offset_T)
+    scale_PcKA, dtype = None, q_1TNH.dtype
+    if self.scale_WPcKA is not None:
+      kv_TcKH, scale_TcK = quantise(kv_TcKH)
+      scale_PcKA = put(self.scale_WPcKA, scale_TcK)
+    kv_PcKAH = put(self.kv_WPcKAH, kv_TcKH)
 
-    def read(page_Bn):
-      kv_BSKH = kv_PAKH[page_Bn]
-      if scale_PAK is not None:
-        kv_BSKH = (kv_BSKH * scale_PAK[page_Bn][..., None]).astype(dtype)
-      kv_BSKH = kv_BSKH.reshape(len(page_Bn), -1, *kv_PAKH.shape[2:])
+    def read_one(c, page_B):  # As rows of one array: XLA:CPU would copy what it slices of pages.
+      pick = lambda a: a.reshape(-1, *a.shape[2:]).at[a.shape[1] * page_B + c].get(mode="promise_in_bounds")
+      x_BKAH = pick(kv_PcKAH)
+      return x_BKAH if scale_PcKA is None else (x_BKAH * pick(scale_PcKA)[..., None]).astype(dtype)
+
+    def read(page_B):
       if latent is not None:
-        return kv_BSKH, kv_BSKH[..., :latent]
-      return own_heads(kv_BSKH[:, :, 0::2]), own_heads(kv_BSKH[:, :, 1::2])
+        k_B1AH = read_one(0, page_B)
+        return k_B1AH, k_B1AH[..., :latent]
+      return own_heads(read_one(0, page_B)), own_heads(read_one(1, page_B))
 
-    as_kernel = (latent is None and scale_PAK is None and own_heads(k_1TKH) is k_1TKH
-                 and kv_TKH.shape[2] % LANES == 0)
-    out_TNH = paged(q_1TNH[0], read, where, kv_PAKH if as_kernel else None, **settings)
-    scale_WPAK = None if scale_PAK is None else scale_PAK[None]
-    return out_TNH[None], PagedCache(kv_PAKH[None], scale_WPAK, self.where)
+    out_TNH = paged(q_1TNH[0], read, where, **settings)
+    scale_WPcKA = None if scale_PcKA is None else scale_PcKA[None]
+    return out_TNH[None], PagedCache(kv_PcKAH[None], scale_WPcKA, self.where)
 
 
-def quantise(x_TKH):
-  """(int8, float32 scale_TK): to the nearest of 255 values between a head's extremes of either sign."""
-  x_TKH = x_TKH.astype(jnp.float32)
-  scale_TK = jnp.maximum(jnp.abs(x_TKH).max(axis=-1), 1e-20) / 127
-  return jnp.round(x_TKH / scale_TK[..., None]).astype(jnp.int8), scale_TK
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TPUPagedCache:
+  """PagedCache in the order that the Pallas kernel reads: the key of each kv head before its value."""
+  kv_WPAKH: jax.Array
+  where: Where | None
+
+  def attend(self, q_1TNH, k_1TKH, v_1TKH, *, own_heads, latent, **settings):
+    del own_heads, latent
+    where = jax.tree.map(lambda a: a[0], self.where)
+    kv_TKH = jnp.stack([k_1TKH[0], v_1TKH[0]], axis=2).reshape(k_1TKH.shape[1], -1, k_1TKH.shape[3])
+    slots = where.slots(self.kv_WPAKH.shape[2])
+    kv_PAKH = self.kv_WPAKH[0].at[slots].set(kv_TKH.astype(self.kv_WPAKH.dtype), mode="promise_in_bounds")
+    return paged_on_tpu(q_1TNH[0], kv_PAKH, where, **settings)[None], TPUPagedCache(kv_PAKH[None], self.where)
+
+
+def _put(pool_PcKA, x_TcK, page_T, offset_T):
+  """Each token's at its place of its page; both may have more dims."""
+  # XLA:CPU makes another thing of a scatter of one, and copies the pool for it: one is written twice.
+  twice = 2 if len(x_TcK) == 1 else 1
+  x_TcK, page_T, offset_T = (jnp.repeat(a, twice, axis=0) for a in (x_TcK, page_T, offset_T))
+  return pool_PcKA.at[page_T, :, :, offset_T].set(x_TcK, mode="promise_in_bounds")
+
+
+def quantise(x_TcKH):
+  """(int8, float32 scale_TcK): to the nearest of 255 values between a head's extremes of either sign."""
+  x_TcKH = x_TcKH.astype(jnp.float32)
+  scale_TcK = jnp.maximum(jnp.abs(x_TcKH).max(axis=-1), 1e-20) / 127
+  return jnp.round(x_TcKH / scale_TcK[..., None]).astype(jnp.int8), scale_TcK
 
 
 def init_paged_cache(cfg, ways: int, n_pages: int, page_size: int, dtype: str | None = None) -> tuple:
   """One pool a layer, for each of the `ways` of the batch; `dtype` "int8", or the compute dtype."""
-  heads, width = 2 * cfg.n_kv_heads, cfg.head_dim
-  if cfg.latent:
-    heads, width = 1, cfg.kv_lora_rank + cfg.turned_dim
-  spec = cfg.rules("batch", None, None, None if cfg.latent else "kv_heads")
-  shape, dtype = (ways, n_pages, page_size, heads), jnp.dtype(dtype or cfg.compute_dtype)
+  dtype, heads = jnp.dtype(dtype or cfg.compute_dtype), None if cfg.latent else "kv_heads"
+
+  def zeros(dtype, *shape_and_axes):
+    shape, axes = zip(*shape_and_axes)
+    return jnp.zeros(shape, dtype, out_sharding=cfg.rules(*axes))
 
   def one():
-    scale = jnp.zeros(shape, jnp.float32, out_sharding=spec) if dtype == jnp.int8 else None
-    return PagedCache(jnp.zeros((*shape, width), dtype, out_sharding=jax.P(*spec, None)), scale, None)
+    W, P, A = (ways, "batch"), (n_pages, None), (page_size, None)
+    if (platform() == "tpu" and not cfg.latent and dtype != jnp.int8 and cfg.head_dim % LANES == 0
+        and cfg.rules.kv_heads == cfg.rules.heads):
+      return TPUPagedCache(zeros(dtype, W, P, A, (2 * cfg.n_kv_heads, heads), (cfg.head_dim, None)), None)
+    c, K = ((1, None), (1, None)) if cfg.latent else ((2, None), (cfg.n_kv_heads, heads))
+    width = cfg.kv_lora_rank + cfg.turned_dim if cfg.latent else cfg.head_dim
+    scale = zeros(jnp.float32, W, P, c, K, A) if dtype == jnp.int8 else None
+    return PagedCache(zeros(dtype, W, P, c, K, A, (width, None)), scale, None)
 
   return tuple(one() for _ in range(cfg.n_layers))

@@ -13,8 +13,6 @@ from model.kernels.attention import HIDDEN
 from model.kernels.platform import platform
 from model.layers import softcap
 
-BLOCK = 128  # Tokens of each sequence that are looked at together, where there is no kernel.
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +37,20 @@ class Where:
     return jnp.where(jnp.arange(T) < R + self.n_chunk, page_T, 0), self.pos_T % page_size
 
 
-def paged(q_TNH, read, where: Where, kv_PAKH=None, *, window, scale, cap):
+def paged(q_TNH, read, where: Where, *, window, scale, cap):
   """Each token attends to its sequence's, up to itself; theirs and its own are in the pages already.
 
-  On TPU by JAX's Pallas kernel (jax.experimental.pallas.ops.tpu.ragged_paged_attention), where the pages are
-  as that has them; elsewhere block by block, with an online softmax (arXiv:2205.14135). There, what the
-  longest sequence of the step has more than another changes no bit of that one: its blocks weigh exactly 0.
+  Page by page, with an online softmax (arXiv:2205.14135): what the longest sequence of the step has more than
+  another changes no bit of that one, whose pages then weigh exactly 0.
 
   Args:
-    read: pages [B, n] -> (k_BSKH, v_BSKH), what lies in them.
-    kv_PAKH: [P, A, 2 K, H], the key of each kv head before its value; None: not as the kernel has them.
+    read: page_B -> (k_BKAH, v_BKAH), what lies in them.
 
   Returns:
     out_TNH; of padding and of sequences without a request, anything but NaN.
   """
   R, T = where.n_rows, q_TNH.shape[0]
-  if platform() == "tpu" and kv_PAKH is not None:
-    return _by_kernel(q_TNH, kv_PAKH, where, window=window, scale=scale, cap=cap)
-  attend = functools.partial(by_blocks, read=read, window=window, scale=scale, cap=cap)
+  attend = functools.partial(by_pages, read=read, window=window, scale=scale, cap=cap)
   rows = attend(q_TNH[:R, None], page_BL=where.page_ML[:R], pos_BT=where.pos_T[:R, None])[:, 0]
   if T == R:
     return rows
@@ -64,7 +58,9 @@ def paged(q_TNH, read, where: Where, kv_PAKH=None, *, window, scale, cap):
   return jnp.concatenate([rows, attend(q_TNH[None, R:], page_BL=where.page_ML[R:], pos_BT=pos_1T)[0]])
 
 
-def _by_kernel(q_TNH, kv_PAKH, where, *, window, scale, cap):
+def paged_on_tpu(q_TNH, kv_PAKH, where: Where, *, window, scale, cap):
+  """`paged` by JAX's Pallas kernel (jax.experimental.pallas.ops.tpu.ragged_paged_attention); kv_PAKH
+  [P, A, 2 K, H] has the key of each kv head before its value."""
   from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
   R, L = where.n_rows, where.page_ML.shape[1]
   has_chunk = q_TNH.shape[0] > R
@@ -80,35 +76,34 @@ def _by_kernel(q_TNH, kv_PAKH, where, *, window, scale, cap):
       num_queries_per_block=min(q_TNH.shape[0], 32))
 
 
-def by_blocks(q_BTNH, page_BL, pos_BT, *, read, window, scale, cap):
-  """`paged` in plain JAX, of sequences with T queries each."""
+def by_pages(q_BTNH, page_BL, pos_BT, *, read, window, scale, cap):
+  """`paged`, of sequences with T queries each."""
   B, T, N, _ = q_BTNH.shape
-  k_1, v_1 = jax.eval_shape(read, page_BL[:, :1])
-  A, K, width = k_1.shape[1], k_1.shape[2], v_1.shape[3]
-  n = min(max(1, BLOCK // A), page_BL.shape[1])  # Pages a block.
-  page_BL = jnp.pad(page_BL, ((0, 0), (0, -page_BL.shape[1] % n)))
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, -1)
+  k, v = jax.eval_shape(read, page_BL[:, 0])
+  K, A, width = k.shape[1], k.shape[2], v.shape[3]
+  q_BKQH = jnp.einsum("BTKGH->BKTGH", q_BTNH.reshape(B, T, K, N // K, -1)).reshape(B, K, T * N // K, -1)
+  pos_BQ = jnp.repeat(pos_BT, N // K, axis=1)
 
-  def step(block, carry):
-    top_BKGT, total_BKGT, out_BKGTH = carry
-    k_BSKH, v_BSKH = read(jax.lax.dynamic_slice_in_dim(page_BL, block * n, n, axis=1))
-    behind_BTS = pos_BT[:, :, None] - (block * n * A + jnp.arange(n * A))[None, None]
-    visible_BTS = behind_BTS >= 0 if window is None else (behind_BTS >= 0) & (behind_BTS < window)
-    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    logits_BKGTS = jnp.where(visible_BTS[:, None, None], softcap(logits_BKGTS * scale, cap), HIDDEN)
-    new_BKGT = jnp.maximum(top_BKGT, logits_BKGTS.max(-1))
-    weight_BKGTS = jnp.exp(logits_BKGTS - new_BKGT[..., None])
-    shrink_BKGT = jnp.exp(top_BKGT - new_BKGT)
+  def step(l, carry):
+    top_BKQ, total_BKQ, out_BKQH = carry
+    k_BKAH, v_BKAH = read(jax.lax.dynamic_index_in_dim(page_BL, l, axis=1, keepdims=False))
+    behind_BQA = pos_BQ[:, :, None] - (l * A + jnp.arange(A))[None, None]
+    visible_BQA = behind_BQA >= 0 if window is None else (behind_BQA >= 0) & (behind_BQA < window)
+    logits_BKQA = jnp.einsum("BKQH,BKAH->BKQA", q_BKQH, k_BKAH, preferred_element_type=jnp.float32)
+    logits_BKQA = jnp.where(visible_BQA[:, None], softcap(logits_BKQA * scale, cap), HIDDEN)
+    new_BKQ = jnp.maximum(top_BKQ, logits_BKQA.max(-1))
+    weight_BKQA = jnp.exp(logits_BKQA - new_BKQ[..., None])
+    shrink_BKQ = jnp.exp(top_BKQ - new_BKQ)
     # What no query may see must not reach a sum, were it NaN.
-    v_BSKH = jnp.where(visible_BTS.any(axis=1)[..., None, None], v_BSKH, 0)
-    value_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", weight_BKGTS.astype(v_BSKH.dtype), v_BSKH,
-                             preferred_element_type=jnp.float32)
-    return (new_BKGT, total_BKGT * shrink_BKGT + weight_BKGTS.sum(-1),
-            out_BKGTH * shrink_BKGT[..., None] + value_BKGTH)
+    v_BKAH = jnp.where(visible_BQA.any(axis=1)[:, None, :, None], v_BKAH, 0)
+    value_BKQH = jnp.einsum("BKQA,BKAH->BKQH", weight_BKQA.astype(v_BKAH.dtype), v_BKAH,
+                            preferred_element_type=jnp.float32)
+    return (new_BKQ, total_BKQ * shrink_BKQ + weight_BKQA.sum(-1),
+            out_BKQH * shrink_BKQ[..., None] + value_BKQH)
 
-  first = 0 if window is None else jnp.maximum(pos_BT.min() - window + 1, 0) // (n * A)
-  empty = jnp.zeros((B, K, N // K, T), jnp.float32)
+  first = 0 if window is None else jnp.maximum(pos_BT.min() - window + 1, 0) // A
+  empty = jnp.zeros(q_BKQH.shape[:3], jnp.float32)
   carry = empty + HIDDEN, empty, jnp.zeros((*empty.shape, width), jnp.float32)
-  _, total_BKGT, out_BKGTH = jax.lax.fori_loop(first, pos_BT.max() // (n * A) + 1, step, carry)
-  out_BKGTH = out_BKGTH / total_BKGT[..., None]
-  return jnp.einsum("BKGTH->BTKGH", out_BKGTH).reshape(B, T, N, width).astype(q_BTNH.dtype)
+  _, total_BKQ, out_BKQH = jax.lax.fori_loop(first, pos_BT.max() // A + 1, step, carry)
+  out_BKTGH = (out_BKQH / total_BKQ[..., None]).reshape(B, K, T, N // K, width)
+  return jnp.einsum("BKTGH->BTKGH", out_BKTGH).reshape(B, T, N, width).astype(q_BTNH.dtype)

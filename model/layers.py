@@ -1,14 +1,13 @@
 """Small pieces that every block uses: a parameter and its use, norms, dropout, soft caps."""
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from model.products import multiply, turned
 from model.sharding import on_devices
 
-FEW = 32  # Tokens: beyond, a CPU multiplies as fast either way.
 # name -> (cfg, fan_in) -> standard deviation of a weight.
 INIT = {
   "normal": lambda cfg, fan_in: cfg.init_std,
@@ -85,36 +84,6 @@ def linear(cfg, equation, x, param):
   y = on_devices(local, (x_spec, w_spec), spec)(x, w)
   to_residual = dim is not None and out[2:] == right[dim] and place["T"] != rules("residual")[0]
   return jax.sharding.reshard(y, rules("batch", "residual", None)) if to_residual else y
-
-
-def multiply(equation, x, w, n_turned, **settings):
-  """einsum(equation, x, w), where x and the result lead with tokens.
-
-  Args:
-    n_turned: of `turned(param)`. Then XLA:CPU multiplies few tokens fastest as w x (YNNPACK, 1.5 to 2 times),
-      and the barriers keep it from making x w of it.
-  """
-  inputs, out = equation.split("->")
-  shared = set.intersection(*map(set, inputs.split(",")), out)
-  if not n_turned or shared or len(x) > FEW:
-    return jnp.einsum(equation, x, w, **settings)
-  n_in, kept = math.prod(w.shape[-n_turned:]), jax.lax.optimization_barrier
-  y = kept(jnp.matmul(w.reshape(-1, n_in), kept(x.reshape(-1, n_in).T), **settings)).T
-  return y.reshape(-1, *w.shape[:-n_turned])
-
-
-def turned(param) -> int:
-  """How many dims a product sums over, where they are the last of the parameter and not the first."""
-  return param.get_metadata().get("n_turned", 0)
-
-
-def turn(param) -> None:
-  """Says of a parameter that its array is, or will be, turned: [in, ..., out, ...] -> [out, ..., in, ...].
-  Those that are no matrix of `linear` stay as they are."""
-  axes = param.get_metadata()["axes"]
-  n_in = 1 if axes[0] == "embed" else len(axes) - 1 if axes[-1] == "embed" and "experts" not in axes else 0
-  if len(axes) > 1 and n_in:
-    param.set_metadata(axes=axes[n_in:] + axes[:n_in], n_turned=n_in)
 
 
 def embed_shards(cfg, param):

@@ -15,12 +15,12 @@ from model.ffn import FFN
 from model.kernels.attention import HIDDEN, KERNEL
 from model.kernels.grouped import GROUPED
 from model.kernels.platform import AUTO
-from model.layers import (INIT, NORM, dropout, embed_shards, lift, multiply, read, several, softcap, token_axes,
-                          turn, turned, weight)
+from model.layers import INIT, NORM, dropout, embed_shards, lift, read, several, softcap, token_axes, weight
 from model.lookup import check_choice, lookup
 from model.moe import DISPATCH, ROUTER
 from model.parametrization import PARAMETRIZATION, init_factor
 from model.pipeline import pipeline
+from model.products import multiply, turn, turned
 from model.sharding import fit, on_devices, place, ways
 
 _saveable = jax.checkpoint_policies
@@ -382,22 +382,24 @@ def unstack(cfg, params):
 
 def turn_weights(cfg, graphdef, params, layers):
   """(graphdef, params, layers): what `unstack` made, its weights as a CPU multiplies few tokens fastest
-  (model.layers.multiply)."""
+  (model.products)."""
   model = nnx.merge(graphdef, params)
-  blocks = [getattr(model, name)[i] for name, i, _ in (layer_place(cfg, n) for n in range(cfg.n_layers))]
   heads = {"unembed": model.unembed} if cfg.head == "untied" else {}
+  stacks = {name: getattr(model, name) for name in ("first_blocks", "blocks") if hasattr(model, name)}
   is_param = lambda x: isinstance(x, nnx.Variable)
-  for param in jax.tree.leaves([*map(nnx.state, {id(b): b for b in blocks}.values()), heads], is_leaf=is_param):
+  for param in jax.tree.leaves((nnx.state(nnx.Dict(stacks)), heads), is_leaf=is_param):
     turn(param)
   if cfg.head == "tied":
     model.embed.set_metadata(n_turned=1)  # It lies so.
 
-  def turn_array(n, a):
-    return jnp.moveaxis(a, range(n), range(-n, 0))
+  blocks = [stacks[name][i] for name, i, _ in (layer_place(cfg, n) for n in range(cfg.n_layers))]
+  turned_dims = lambda state: jax.tree.map(lambda p: p.replace(turned(p)), state, is_leaf=is_param)
+  n_turned = [nnx.to_pure_dict(turned_dims(nnx.state(block))) for block in blocks]
 
-  n_turned = [nnx.to_pure_dict(jax.tree.map(lambda p: p.replace(turned(p)), nnx.state(b), is_leaf=is_param))
-              for b in blocks]
-  tops = jax.tree.map(turned, heads, is_leaf=is_param)
-  turn_all = jax.jit(lambda arrays: jax.tree.map(turn_array, (n_turned, tops), arrays))
-  layers, top = turn_all((layers, {name: params[name] for name in heads}))
-  return nnx.split(model)[0], {**params, **top}, layers
+  @jax.jit
+  def turn_all(layers, heads):
+    turn_one = lambda n, a: jnp.moveaxis(a, range(n), range(-n, 0))
+    return jax.tree.map(turn_one, n_turned, layers), {name: turn_one(1, a) for name, a in heads.items()}
+
+  layers, heads = turn_all(layers, {name: params[name] for name in heads})
+  return nnx.split(model)[0], {**params, **heads}, layers

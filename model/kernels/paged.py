@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.attention import HIDDEN
-from model.kernels.platform import platform
 from model.layers import softcap
 
 

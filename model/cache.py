@@ -18,7 +18,7 @@ class PagedCache:
   Everything leads with the W ways of the batch: each has a pool of its own, and its row holds the tokens of
   all its sequences, as model.kernels.paged has them.
   """
-  kv_WPcKAH: jax.Array  # c: keys, values; of latent attention, the latent alone. Or as TPUPagedCache has it.
+  kv_WPcKAH: jax.Array  # c: keys, values; of latent attention, the latent alone.
   scale_WPcKA: jax.Array | None  # Of int8 pages: what each key or value is a multiple of.
   where: Where | None
 

@@ -16,7 +16,7 @@ from configs.tiny import get_config
 from infer.load import decode_config
 from infer.sampling import Sampling
 from infer.step import empty_inputs, empty_state, run_step, stack_inputs
-from model.cache import PagedCache
+from model.cache import init_paged_cache
 from model.config import ModelConfig
 from model.kernels.attention import KERNEL, Mask
 from model.kernels.grouped import GROUPED
@@ -128,18 +128,23 @@ def test_paged_is_plain_attention_to_each_sequence(window, cap):
     np.testing.assert_allclose(got[token], want, atol=1e-5)
 
 
-@pytest.mark.parametrize("H", [64, 128])
-def test_pages_go_to_the_kernel_where_it_can_read_them(H):
+@pytest.mark.parametrize("on, H, dtype, by_kernel", [
+  ("tpu", 128, None, True), ("tpu", 64, None, False), ("tpu", 128, "int8", False), ("cpu", 128, None, False),
+  ("gpu", 128, None, False)])
+def test_pages_go_to_the_kernel_where_it_can_read_them(on, H, dtype, by_kernel):
   """On TPU it takes heads of whole lanes."""
-  def run(q, kv):
-    where = Where(jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 5, 8), jnp.int32), jnp.zeros((1,), jnp.int32))
-    return PagedCache(kv, None, where).attend(q, q[:, :, :2], q[:, :, :2], own_heads=lambda x: x, latent=None,
-                                              window=None, scale=1.0, cap=None)
+  cfg = ModelConfig(vocab_size=64, n_layers=1, d_model=64, n_heads=4, n_kv_heads=2, head_dim=H).validate()
 
-  with jax.sharding.use_abstract_mesh(abstract_mesh(on="tpu")):
-    shapes = (1, 4, 4, H), (1, 9, 16, 4, H)
-    jaxpr = jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes))
-  assert ("ragged_paged_attention" in str(jaxpr)) == (H == 128)
+  def run(q_1TNH, k_1TKH):
+    where = Where(jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 5, 8), jnp.int32), jnp.zeros((1,), jnp.int32))
+    cache = dataclasses.replace(init_paged_cache(cfg, 1, 9, 16, dtype)[0], where=where)
+    attend = lambda q, k, cache: cache.attend(q, k, k, own_heads=lambda x: x, latent=None, window=None,
+                                              scale=1.0, cap=None)[0]
+    return jax.shard_map(attend, out_specs=jax.P(), check_vma=False)(q_1TNH, k_1TKH, cache)
+
+  with jax.sharding.use_abstract_mesh(abstract_mesh(on=on)):
+    jaxpr = jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct((1, 4, n, H), "float32") for n in (4, 2)))
+  assert ("ragged_paged_attention" in str(jaxpr)) == by_kernel
 
 
 @pytest.mark.parametrize("changes, seq, tpu, others", [

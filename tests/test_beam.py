@@ -83,7 +83,8 @@ PROMPTS = [[1, 5, 9, 30], [1, *range(3, 20)]]
 SEARCHES = [  # width, n, length_penalty, early_stopping, stop_ids, max_tokens, min_tokens
   (2, 2, 1.0, False, (2,), 14, 0), (4, 3, 1.0, True, (2, 9), 20, 0), (5, 5, 2.0, "never", (2, 9, 14), 16, 0),
   (3, 1, -1.0, False, (2, 9, 14, 25), 12, 0), (6, 6, 0.0, False, (2, 9), 10, 4),
-  (7, 4, 1.5, True, (2, 9, 14, 25), 18, 3), (9, 9, 1.0, "never", (2,), 8, 0)]
+  (7, 4, 1.5, True, (2, 9, 14, 25), 18, 3), (9, 9, 1.0, "never", (2,), 8, 0),
+  (2, 2, 1.0, "never", (2, 9), 12, 0)]
 
 
 def make_search(width, n, length_penalty, early_stopping, stop_ids, max_tokens, min_tokens):

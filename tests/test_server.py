@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import httpx
 import pytest
@@ -480,6 +481,39 @@ def test_a_dead_engine_ends_the_process(flag, said):
     got = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x"})
     assert got.status_code == 503 and got.json()["error"]["code"] == "engine_dead"
     assert p.wait(30) == 1 and said in p.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_killed_engine_thread_ends_the_process(tmp_path):
+  """Of the real engine, with two texts waiting."""
+  from tests.real_engine import serving, tiny_folder
+  with serving(tiny_folder(tmp_path), "--slots=4", "--name=fake") as (p, port, *_):
+    client, ends = client_of(types.SimpleNamespace(port=port)), []
+
+    def read(i):
+      try:
+        for _ in client.completions.create(model="fake", prompt="Once", max_tokens=2000, seed=i,
+                                           stream=i % 2 > 0, extra_body={"min_tokens": 2000}):
+          pass
+      except openai.OpenAIError as e:
+        ends.append((str(e), time.monotonic()))
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(6)]
+    for thread in threads:
+      thread.start()
+    metrics = lambda: httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    until(lambda: re.search(r"^assay_running 4.0$(.*\n)*^assay_waiting 2.0$", metrics(), re.MULTILINE))
+    os.kill(p.pid, signal.SIGUSR1)
+    began = time.monotonic()
+    until(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 503, 5)
+    sick = time.monotonic() - began
+    assert httpx.get(f"http://127.0.0.1:{port}/health").json()["status"] == "failed"
+    for thread in threads:
+      thread.join(10)
+    assert len(ends) == 6 and all("the engine is dead" in text for text, _ in ends)
+    assert p.wait(30) == 1
+    print(f"503 after {sick:.1f} s, the last error after {max(at for _, at in ends) - began:.1f} s, "
+          f"the end after {time.monotonic() - began:.1f} s")
 
 
 # The command line.

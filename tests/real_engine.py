@@ -7,17 +7,14 @@ import sys
 import threading
 import time
 
-import jax
-
 from infer.engine import Engine, Request
 from infer.grammar import GrammarCompiler
 from infer.sampling import Sampling
 from model.config import ModelConfig
-from model.transformer import init_params
 from tests.fake_engine import END, bytes_tokenizer, make_served
 from tests.hub_cases import import_folder, settings, write_folder
 from tests.test_chat import byte_level
-from tests.tiny import ROOT, mesh_of
+from tests.tiny import ROOT, draw_params, mesh_of
 
 # The engine's thread ends in the middle of whatever it does, when the process is sent SIGUSR1.
 KILLABLE = """
@@ -35,9 +32,8 @@ def make_real(slots: int = 8, max_length: int = 400, **settings):
   """(engine, warmed up; what is served): an id a byte, as the fake has them."""
   mesh, tokenizer = mesh_of("one"), bytes_tokenizer()
   cfg = ModelConfig(vocab_size=tokenizer.vocab_size, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2,
-                    precision="fp32")
-  with jax.set_mesh(mesh):
-    _, params = init_params(cfg.validate(), mesh, jax.random.key(0))
+                    precision="fp32").validate()
+  _, params = draw_params(cfg, mesh)
   engine = Engine(cfg, params, mesh, stop_ids=(END,), slots=slots, max_length=max_length,
                   **{"page_size": 4, "prefill_chunk": 32, "row_buckets": (slots,)} | settings)
   engine.warm_up()

@@ -13,8 +13,8 @@ from model.kernels.attention import KERNEL, Mask
 from model.layers import LayerNorm, RMSNorm, dropout, weight
 from model.positions import none, rope
 from model.sharding import TRAIN, AxisRules, abstract_mesh, make_mesh, mesh_shape
-from model.transformer import abstract_params, check_names, init_params
-from tests.tiny import MOE, abstract_batch, mesh_of, model_config, packed_batch, put
+from model.transformer import abstract_params, check_names
+from tests.tiny import MOE, abstract_batch, draw_params, mesh_of, model_config, packed_batch, put
 from train.step import abstract_state, make_train_step
 
 
@@ -180,7 +180,7 @@ def test_other_rules_are_the_same_model(sizes, changes, model):
   """Heads, kv heads and widths may each be split or not; norms and tables that go over what is split."""
   def hidden(cfg, mesh):
     with jax.set_mesh(mesh):
-      graphdef, params = init_params(cfg, mesh, jax.random.key(0))
+      graphdef, params = draw_params(cfg, mesh)
       batch = put(cfg, mesh, packed_batch())
       forward = jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows)[0])
       return np.asarray(forward(params, *(batch[k] for k in ("tokens", "positions", "segments"))))

@@ -1,6 +1,7 @@
 """Decoder-only transformer: embed, scan over stacked groups of blocks, norm, head.
 The one forward definition."""
 import dataclasses
+import functools
 import os
 
 import jax
@@ -335,19 +336,22 @@ def abstract_params(cfg, mesh):
 def init_params(cfg, mesh, key):
   """(graphdef, params), born sharded: no device ever holds the whole model."""
   graphdef, abstract = abstract_params(cfg, mesh)
+  places = jax.tree.map(lambda a: a.sharding, abstract)
+  draw = jax.jit(functools.partial(draw_params, cfg), out_shardings=places, compiler_options=_once(mesh))
+  return graphdef, draw(key)
+
+
+def draw_params(cfg, key):
+  """The parameters of init_params on one device."""
   repeat = _repeat(cfg)
 
   def one(name, param):
     value, factor = repeat(name, param.get_value()), init_factor(cfg, name)
     return param.replace(value if factor == 1.0 else (value * factor).astype(value.dtype))
 
-  def init(key):
-    flat = nnx.to_flat_state(nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))))
-    return nnx.to_pure_dict(nnx.from_flat_state([(path, one("/".join(map(str, path)), param))
-                                                 for path, param in flat]))
-
-  places = jax.tree.map(lambda a: a.sharding, abstract)
-  return graphdef, jax.jit(init, out_shardings=places, compiler_options=_once(mesh))(key)
+  flat = nnx.to_flat_state(nnx.state(Transformer(cfg, rngs=nnx.Rngs(key))))
+  return nnx.to_pure_dict(nnx.from_flat_state([(path, one("/".join(map(str, path)), param))
+                                               for path, param in flat]))
 
 
 def _once(mesh):

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from model.sharding import MESH_AXES, TRAIN, make_mesh
-from tests.tiny import ROOT, T, draw, mesh_of, model_config, packed_batch, put
+from tests.tiny import ROOT, T, mesh_of, model_config, packed_batch, put
 from train.config import BalanceConfig, MeshConfig, OptimConfig, TrainConfig
 from train.optim import path_name
 from train.step import abstract_state, make_train_step
@@ -128,9 +128,14 @@ def flat(tree) -> dict:
 @functools.cache
 def one_device(model) -> tuple:
   """(the state before, Numbers)."""
-  mesh = mesh_of("one")
+  mesh, rng = mesh_of("one"), np.random.default_rng(0)
   state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract_state(run_config(model, {}), mesh)[1])
-  state.params = draw(state.params)
+
+  def draw(path, a):  # Here, as no initialiser has to be compiled for it.
+    centre = 1.0 if path_name(path).endswith("scale") else 0.0
+    return (centre + 0.1 * rng.standard_normal(a.shape)).astype(a.dtype)
+
+  state.params = jax.tree_util.tree_map_with_path(draw, state.params)
   return state, steps(model, {}, mesh, state)
 
 

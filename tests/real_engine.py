@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from tests.fake_engine import END, bytes_tokenizer, make_served
 from tests.hub_cases import import_folder, settings, write_folder
 from tests.test_chat import byte_level
-from tests.tiny import ROOT, draw_params, mesh_of
+from tests.tiny import ROOT, make_params, mesh_of
 
 # The engine's thread ends in the middle of whatever it does, when the process is sent SIGUSR1.
 KILLABLE = """
@@ -33,7 +33,7 @@ def make_real(slots: int = 8, max_length: int = 400, **settings):
   mesh, tokenizer = mesh_of("one"), bytes_tokenizer()
   cfg = ModelConfig(vocab_size=tokenizer.vocab_size, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2,
                     precision="fp32").validate()
-  _, params = draw_params(cfg, mesh)
+  _, params = make_params(cfg, mesh)
   engine = Engine(cfg, params, mesh, stop_ids=(END,), slots=slots, max_length=max_length,
                   **{"page_size": 4, "prefill_chunk": 32, "row_buckets": (slots,)} | settings)
   engine.warm_up()

@@ -6,7 +6,7 @@ import pytest
 
 from infer.load import cast_params
 from model.attention import ATTENTION
-from tests.tiny import MOE, decode_logits, draw_params, mesh_of, model_config, tiny, variants, with_attention
+from tests.tiny import MOE, decode_logits, make_params, mesh_of, model_config, tiny, variants, with_attention
 
 S, CUT = 48, 24
 
@@ -46,7 +46,7 @@ def test_another_sequence_changes_no_bit(name):
 def test_which_tokens_are_read_together_decides_nothing_about_experts():
   """A model that was trained with room for so many tokens decodes without a limit."""
   cfg, mesh = model_config(**MOE, dispatch="capacity", capacity_factor=0.5), mesh_of("one")
-  params = draw_params(cfg, mesh)[1]
+  params = make_params(cfg, mesh)[1]
   tokens_2S = random_tokens()
   got_2SV = decode_logits(cfg, mesh, params, tokens_2S, cut=CUT)
   for i in range(2):
@@ -62,8 +62,9 @@ def test_casting_weights_once_changes_no_bit(attention):
   more = {} if attention == "mla" else dict(qk_norm="rmsnorm", qk_norm_over="all", qkv_bias=True)
   cfg = model_config(precision="bf16", norm="layernorm", ffn_bias=True, out_bias=True,
                      **with_attention(attention), **more)
-  mesh = mesh_of("one")
-  params = draw_params(cfg, mesh)[1]
+  mesh, rng = mesh_of("one"), np.random.default_rng(0)
+  noisy = lambda a: (a + 0.1 * rng.normal(size=a.shape)).astype(np.float32)
+  params = jax.tree.map(noisy, jax.device_get(make_params(cfg, mesh)[1]))
   with jax.set_mesh(mesh):
     cast = cast_params(cfg, params)
   assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"]["scale"].dtype == jnp.float32

@@ -14,7 +14,7 @@ from infer.engine import Engine, Request, Scored
 from infer.sampling import Sampling, sample, stack_settings
 from model.config import ModelConfig
 from model.sharding import make_mesh
-from tests.tiny import MLA, MOE, draw_params, mesh_of
+from tests.tiny import MLA, MOE, make_params, mesh_of
 
 V = 20  # So few that the twenty likeliest are all.
 CASES = {
@@ -28,7 +28,7 @@ CASES = {
 
 def make_config(**changes):
   base = {"vocab_size": V, "n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "init": "fan_in",
-          "precision": "fp32"}
+          "precision": "fp32"}  # fan_in: logits of order 1, so that a tolerance means something.
   return ModelConfig(**base | changes).validate()
 
 
@@ -36,7 +36,7 @@ def make_config(**changes):
 def params_of(case, mesh=None):
   """As training holds them, split over all axes."""
   cfg, mesh = make_config(**CASES[case]), mesh or mesh_of("one")
-  return cfg, *draw_params(cfg, mesh, std=cfg.d_model**-0.5)
+  return cfg, *make_params(cfg, mesh)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from infer.tasks import Item, Task, estimate, load_task, pick
 from tests.fake_scorer import FakeEngine
 from tests.test_chat import TEMPLATES, byte_level
 from tests.test_generate import CORPUS, bytes_tokenizer
-from tests.tiny import ROOT, draw_params, mesh_of, model_config
+from tests.tiny import ROOT, make_params, mesh_of, model_config
 from train.checkpoint import Checkpointer
 
 WINDOW = 48
@@ -226,7 +226,7 @@ def test_windows_score_each_token_once(n, overlap):
 @functools.cache
 def model(mesh="one"):
   cfg = model_config(init="fan_in", vocab_size=bpe().vocab_size)
-  return cfg, mesh_of(mesh), *draw_params(cfg, mesh_of(mesh), std=cfg.d_model**-0.5)
+  return cfg, mesh_of(mesh), *make_params(cfg, mesh_of(mesh))
 
 
 @functools.cache
@@ -502,7 +502,7 @@ def run_path(tmp_path_factory):
   write_config_json(path / "config.json", cfg, [])
   checkpoints = Checkpointer(path / "checkpoints", cfg.checkpoint)
   for step in (20, 40):
-    params = draw_params(cfg.model, mesh_of("one"), seed=step, std=cfg.model.d_model**-0.5)[1]
+    params = make_params(cfg.model, mesh_of("one"), seed=step)[1]
     checkpoints.save(step, {"params": params}, {"config": as_json(cfg)})
   checkpoints.wait()
   return path

@@ -19,7 +19,7 @@ from infer.load import keep_tokenizer, load_params, open_chat, open_run
 from infer.sampling import Sampling
 from infer.text import Reader, complete, encode_prompt, stream
 from tests.test_chat import TEMPLATES, byte_level
-from tests.tiny import draw_params, mesh_of
+from tests.tiny import make_params, mesh_of
 from train.checkpoint import Checkpointer
 
 TEXT = "naïve café, 東京 and 🦜🦜 talk: print('hello, wörld')\n" * 3
@@ -98,7 +98,7 @@ def run_path(tmp_path_factory):
   write_config_json(path / "config.json", cfg, [])
   mesh = mesh_of("fsdp_tensor")
   checkpoints = Checkpointer(path / "checkpoints", cfg.checkpoint)
-  params, ema, later = (draw_params(cfg.model, mesh, i, cfg.model.d_model**-0.5)[1] for i in range(3))
+  params, ema, later = (make_params(cfg.model, mesh, i)[1] for i in range(3))
   checkpoints.save(20, {"params": params, "ema": ema}, {"config": as_json(cfg)})
   checkpoints.save(40, {"params": params, "ema": later}, {"config": as_json(cfg)})
   checkpoints.wait()

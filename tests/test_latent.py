@@ -13,7 +13,7 @@ from infer.sampling import Sampling
 from model.cache import init_paged_cache
 from model.count import cache_bytes, flops_per_token
 from model.sharding import make_mesh
-from tests.tiny import MLA, YARN, draw_params, mesh_of, model_config, packed_batch, put
+from tests.tiny import MLA, YARN, make_params, mesh_of, model_config, packed_batch, put
 from train.losses import loss_spec, next_token_loss
 
 CFG = model_config(**MLA, n_layers=1, rope_scaling=YARN, init="fan_in", attention_impl="chunked")
@@ -24,7 +24,7 @@ def loss_and_gradient(cfg, *sizes):
   """Of the packed rows, on the host."""
   mesh = make_mesh(**dict(sizes)) if sizes else mesh_of("one")
   with jax.set_mesh(mesh):
-    graphdef, params = draw_params(cfg, mesh)
+    graphdef, params = make_params(cfg, mesh)
     spec = loss_spec(cfg, 64, 0.0)
     loss = lambda params, batch: next_token_loss(spec, nnx.merge(graphdef, params), batch)[0]
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, put(cfg, mesh, packed_batch())))
@@ -66,7 +66,7 @@ def test_sharded_decode_equals_one_device():
   made = []
   for mesh in (mesh_of("one"), make_mesh(fsdp=4, tensor=2)):
     with jax.set_mesh(mesh):
-      _, params = draw_params(CFG, mesh)
+      _, params = make_params(CFG, mesh)
     engine = Engine(CFG, params, mesh, prefill_chunk=32, max_length=64)
     made.append(list(engine.generate(prompts, Sampling(temperature=0.0, max_tokens=12))))
   one, sharded = (sorted(tokens, key=lambda token: token.request) for tokens in made)

@@ -14,7 +14,7 @@ from model.layers import LayerNorm, RMSNorm, dropout, weight
 from model.positions import none, rope
 from model.sharding import TRAIN, AxisRules, abstract_mesh, make_mesh, mesh_shape
 from model.transformer import abstract_params, check_names
-from tests.tiny import MOE, abstract_batch, draw_params, mesh_of, model_config, packed_batch, put
+from tests.tiny import MOE, abstract_batch, make_params, mesh_of, model_config, packed_batch, put
 from train.step import abstract_state, make_train_step
 
 
@@ -180,7 +180,7 @@ def test_other_rules_are_the_same_model(sizes, changes, model):
   """Heads, kv heads and widths may each be split or not; norms and tables that go over what is split."""
   def hidden(cfg, mesh):
     with jax.set_mesh(mesh):
-      graphdef, params = draw_params(cfg, mesh)
+      graphdef, params = make_params(cfg, mesh)
       batch = put(cfg, mesh, packed_batch())
       forward = jax.jit(lambda params, *rows: nnx.merge(graphdef, params)(*rows)[0])
       return np.asarray(forward(params, *(batch[k] for k in ("tokens", "positions", "segments"))))

@@ -8,7 +8,7 @@ from flax import nnx
 
 from model.pipeline import iterations
 from model.sharding import make_mesh
-from tests.tiny import draw_params, mesh_of, model_config, packed_batch, put
+from tests.tiny import make_params, mesh_of, model_config, packed_batch, put
 from train.losses import loss_spec, next_token_loss
 
 SCHEDULES = [(2, 4, 1), (4, 4, 1), (4, 8, 2), (8, 8, 1)]  # Stages, micro-batches, repeats.
@@ -17,7 +17,7 @@ SCHEDULES = [(2, 4, 1), (4, 4, 1), (4, 8, 2), (8, 8, 1)]  # Stages, micro-batche
 def gradient_of(repeats, micro, mesh):
   cfg = model_config(n_layers=8, pipeline_repeats=repeats, pipeline_microbatches=micro, remat="full")
   with jax.set_mesh(mesh):
-    graphdef, params = draw_params(cfg, mesh)
+    graphdef, params = make_params(cfg, mesh)
     batch = put(cfg, mesh, packed_batch(b=16))
   spec = loss_spec(cfg, 64, 1e-3)
   loss = lambda params, batch: next_token_loss(spec, nnx.merge(graphdef, params), batch)[0]

@@ -20,8 +20,8 @@ from model.kernels.paged import Where
 from model.layers import NORM
 from model.moe import DISPATCH, ROUTER
 from model.parametrization import PARAMETRIZATION
-from model.sharding import make_mesh
-from model.transformer import NORM_POSITION, abstract_params, check_names
+from model.sharding import fit, make_mesh
+from model.transformer import NORM_POSITION, abstract_params, check_names, draw_params
 from train.step import abstract_batch, abstract_state, make_train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -151,22 +151,11 @@ def variants() -> dict[str, dict]:
   return found
 
 
-def draw(abstract, seed=0, std=0.1):
-  """Parameters, by NumPy: compiling an initialiser takes longer than most tests. Biases are not 0 and scales
-  not 1, so that forgetting one shows."""
-  rng = np.random.default_rng(seed)
-
-  def one(path, a):
-    centre = 1.0 if path[-1].key == "scale" else 0.0
-    return (centre + std * rng.standard_normal(a.shape)).astype(a.dtype)
-
-  return jax.tree.map_with_path(one, abstract)
-
-
-def draw_params(cfg, mesh, seed=0, std=0.1):
-  """(graphdef, params), sharded, as init_params has them."""
+def make_params(cfg, mesh, seed=0):
+  """init_params, operation by operation: compiling it whole takes longer than most tests."""
   graphdef, abstract = abstract_params(cfg, mesh)
-  return graphdef, jax.device_put(draw(abstract, seed, std), jax.tree.map(lambda a: a.sharding, abstract))
+  params = draw_params(fit(cfg, mesh), jax.random.key(seed))
+  return graphdef, jax.device_put(params, jax.tree.map(lambda a: a.sharding, abstract))
 
 
 @functools.cache
@@ -174,7 +163,7 @@ def tiny(name, mesh_name="one"):
   """(cfg, mesh, graphdef, params, logits) of a variant; logits(params, batch) is jitted and returns [B, T, V]
   NumPy."""
   cfg, mesh = model_config(**variants()[name]), mesh_of(mesh_name)
-  graphdef, params = draw_params(cfg, mesh)
+  graphdef, params = make_params(cfg, mesh)
 
   @jax.jit
   def forward(params, batch):

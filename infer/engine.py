@@ -8,6 +8,7 @@ nothing that the step before made, so it is dispatched before that is read. Shap
 token each, and a chunk of C tokens of one prompt. After `warm_up` nothing is compiled.
 """
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import time
@@ -229,9 +230,17 @@ class Engine:
         self.cancel(id)
 
   def warm_up(self) -> None:
-    """Compiles every program, and runs each once on nothing."""
-    most = self.row_buckets[-1]
-    for shape in [(R, 0) for R in self.row_buckets] + [(most, C) for C in self.chunk_buckets]:
+    """Compiles every program, one while the next is traced, and runs each once on nothing."""
+    most, began = self.row_buckets[-1], time.perf_counter()
+    shapes = [(R, 0) for R in self.row_buckets] + [(most, C) for C in self.chunk_buckets]
+    new = [shape for shape in shapes if shape not in self.programs]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      compiled = [pool.submit(self._lower(*self._step_of(self._make_inputs([], *shape), *shape)).compile)
+                  for shape in new]
+    self.programs.update(zip(new, (program.result() for program in compiled)))
+    self._counters["compiles"] += len(new)
+    self._counters["compile_s"] += time.perf_counter() - began
+    for shape in shapes:
       self._run(self._make_inputs([], *shape), *shape)
     self._fork([])
     jax.block_until_ready(self._state)
@@ -320,18 +329,26 @@ class Engine:
     self._state = self._compiled("fork", fork, 0, self._state, *arrays)
 
   def _run(self, inputs, R, C):
-    self._state, made = self._compiled((R, C), functools.partial(run_step, self._graphdef), 2, self._weights,
-                                       self._put_changed(inputs, R, C), self._state)
+    self._state, made = self._compiled((R, C), *self._step_of(inputs, R, C))
     return made
 
+  def _step_of(self, inputs, R, C):
+    """(function, the argument that is donated, arguments)."""
+    return (functools.partial(run_step, self._graphdef), 2, self._weights, self._put_changed(inputs, R, C),
+            self._state)
+
   def _compiled(self, key, function, donated, *args):
+    if key not in self.programs:
+      began = time.perf_counter()
+      self.programs[key] = self._lower(function, donated, *args).compile()
+      self._counters["compiles"] += 1
+      self._counters["compile_s"] += time.perf_counter() - began
     with jax.set_mesh(self.mesh):
-      if key not in self.programs:
-        began = time.perf_counter()
-        self.programs[key] = jax.jit(function, donate_argnums=donated).lower(*args).compile()
-        self._counters["compiles"] += 1
-        self._counters["compile_s"] += time.perf_counter() - began
       return self.programs[key](*args)
+
+  def _lower(self, function, donated, *args):
+    with jax.set_mesh(self.mesh):
+      return jax.jit(function, donate_argnums=donated).lower(*args)
 
   def _put_changed(self, inputs, R, C):
     """On the devices; what is as in the last step of this shape is there already."""

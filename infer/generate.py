@@ -222,7 +222,7 @@ def _make_engine(args, run, stop_ids, n_texts, longest):
   power = lambda n: 2**(n - 1).bit_length()
   slots = min(args.batch_size, power(n_texts))
   return Engine(cfg, params, mesh, stop_ids=stop_ids, slots=slots, max_length=max(256, power(longest)),
-                row_buckets=(max(2, -(-slots // ways(mesh, cfg.rules.batch))),))
+                row_buckets=(-(-slots // ways(mesh, cfg.rules.batch)),))
 
 
 def _encode(run, chat, args, prompts) -> list[list[int]]:

@@ -116,9 +116,9 @@ def run_step(graphdef, weights, inputs: Inputs, state: State) -> tuple[State, Ma
     scored_WC = _score(model, x_WTD[:, R:], chunk)
   logits_WMV = _logits(model, _each_way(rules, _pick)(x_WTD, last_WM))
   next_WM = _each_way(rules, _pick)(pos_WT, last_WM) + 1
-  token_WS, counts_WSV, drawn_WM = _each_way(rules, _draw)(
-      logits_WMV, state.token_WS, counts_WSV, inputs.slot_WM, inputs.makes_WM, next_WM, inputs.mask_WMw,
-      inputs.settings)
+  token_WS, counts_WSV, drawn_WM = _draw_all(
+      rules, logits_WMV, state.token_WS, counts_WSV, inputs.slot_WM, inputs.makes_WM, next_WM,
+      inputs.mask_WMw, inputs.settings)
   return State(caches, token_WS, counts_WSV), Made(drawn_WM, scored_WC)
 
 
@@ -157,6 +157,12 @@ def _begin(counts_SV, slot, is_first, new_V):
 
 def _logits(model, x_WMD):
   return _by_way(model.cfg.rules, model.logits(x_WMD))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw_all(rules, *args):
+  """_draw on each way; traced once for all sizes of a chunk."""
+  return _each_way(rules, _draw)(*args)
 
 
 def _draw(logits_MV, token_S, counts_SV, slot_M, makes_M, pos_M, mask_Mw, settings):

@@ -201,12 +201,14 @@ class Transformer(nnx.Module):
       (x_BTD before the head, caches).
     """
     tokens_BT, pos_BT, segment_BT = self._split(tokens_BT, pos_BT, segment_BT)
-    x_BTD, new_caches = self._embed(tokens_BT, pos_BT), []
+    x_BTD, new_caches, stacks = self._embed(tokens_BT, pos_BT), [], {}
     for n, cache in enumerate(caches):
       blocks, i, pick = layer_place(self.cfg, n)
-      graphdef, state = nnx.split(getattr(self, blocks)[i])
-      state = layers[n] if layers else jax.tree.map(pick, state)
-      x_BTD, cache, _ = nnx.merge(graphdef, state)(x_BTD, pos_BT, segment_BT, cache)
+      if (blocks, i) not in stacks:
+        stacks[blocks, i] = nnx.split(getattr(self, blocks)[i])
+      graphdef, stack = stacks[blocks, i]
+      state = layers[n] if layers else nnx.to_pure_dict(jax.tree.map(pick, stack))
+      x_BTD, cache = _extend_block(graphdef, state, x_BTD, pos_BT, segment_BT, cache)
       new_caches.append(cache)
     return self._final(x_BTD), tuple(new_caches)
 
@@ -282,6 +284,13 @@ class Transformer(nnx.Module):
         jax.sharding.reshard(x_BTD, rules("batch", "length", None)), jax.sharding.reshard(w, rules(*axes)))
     real_V = jnp.arange(logits_BTV.shape[-1]) < self.cfg.vocab_size
     return jnp.where(lift(real_V, 3), softcap(logits_BTV, self.cfg.logit_softcap), HIDDEN)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _extend_block(graphdef, state, x_BTD, pos_BT, segment_BT, cache):
+  """A layer of `Transformer.extend`. Layers that are alike are traced once: that was most of a warm start."""
+  x_BTD, cache, _ = nnx.merge(graphdef, state)(x_BTD, pos_BT, segment_BT, cache)
+  return x_BTD, cache
 
 
 def _stacks(cfg, n_layers, ffn, rngs):

@@ -83,7 +83,7 @@ class Engine:
   def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), slots: int = 16, page_size: int = 32,
                n_pages: int | None = None, max_length: int | None = None, prefill_chunk: int = 256,
                row_buckets: tuple[int, ...] | None = None, cache_dtype: str | None = None,
-               keep_prefixes: bool = True):
+               keep_prefixes: bool = True, ring_windows: bool = False):
     """Args:
       cfg: of any rules; those of DECODE are used.
       params: of `model.transformer`, sharded anyhow. They are copied: cast, and one tree a layer.
@@ -95,6 +95,8 @@ class Engine:
       row_buckets: for how many requests that make a token, of one way, there are programs; None: 1, 4,
         16, ... and as many as there are slots.
       cache_dtype: "int8", or the compute dtype.
+      ring_windows: layers with a window keep no more than that needs, for each slot. Then no prefix is found
+        again, and there are no beams.
 
     Raises:
       ValueError: the model cannot be split over the mesh, or one of these is out of range.
@@ -104,8 +106,10 @@ class Engine:
       raise ValueError(f"stop_ids={tuple(stop_ids)}: at most {MOST_STOP_IDS} end every text")
     if prefill_chunk % SCORED_TOGETHER and prefill_chunk > SCORED_TOGETHER:
       raise ValueError(f"prefill_chunk={prefill_chunk} must be a multiple of {SCORED_TOGETHER}, or less")
+    if ring_windows and not any(self.cfg.windows):
+      raise ValueError("ring_windows=True: no layer of the model has a window")
     self.max_length = min(max_length or 2048, self.cfg.max_length or max_length or 2048)
-    self.page_size, self.stop_ids = page_size, tuple(stop_ids)
+    self.page_size, self.stop_ids, self._ring_windows = page_size, tuple(stop_ids), ring_windows
     self.n_ways = ways(mesh, self.cfg.rules.batch)
     self.slots = -(-slots // self.n_ways)
     self._pages_each = -(-self.max_length // page_size)
@@ -113,7 +117,7 @@ class Engine:
     self.row_buckets = row_buckets or _buckets(1, self.slots)
     self.chunk_buckets = _buckets(min(32, prefill_chunk), prefill_chunk)
     self.schedulers = [Scheduler(slots=self.slots, n_pages=self.n_pages, page_size=page_size,
-                                 chunk=prefill_chunk, keep_prefixes=keep_prefixes)
+                                 chunk=prefill_chunk, keep_prefixes=keep_prefixes and not ring_windows)
                        for _ in range(self.n_ways)]
     self.programs, self._there, self._counters = {}, {}, collections.Counter()
     self._requests, self._next_id = {}, 0  # id -> _Running.
@@ -125,7 +129,7 @@ class Engine:
       if mesh.devices.flat[0].platform == "cpu":
         self._graphdef, *self._weights = turn_weights(self.cfg, self._graphdef, *self._weights)
       make = functools.partial(empty_state, self.cfg, self.n_ways, self.slots, self.n_pages, page_size,
-                               cache_dtype)
+                               cache_dtype, prefill_chunk if ring_windows else None)
       self._state = jax.jit(make)()
 
   # What others see.
@@ -165,6 +169,8 @@ class Engine:
     if request.beams is not None:
       if request.grammar is not None:
         raise ValueError("a beam search follows no grammar: leave out one of them")
+      if self._ring_windows:
+        raise ValueError("a beam search shares pages, and those of ring_windows=True are a slot's own")
       request.beams.validate(sampling, self.stop_ids, self.slots)
 
   def submit(self, request: Request) -> int:

@@ -92,6 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
   for name, (kind, default, _, text) in NUMBERS.items():
     add(f"--{name}", type=kind, default=default, metavar="N" if kind is int else "X",
         help=text if default is None else f"{text} (%(default)s)")
+  add("--cache_dtype", choices=("int8",), help="of keys and values (the compute dtype)")
+  add("--ring_windows", action="store_true",
+      help="layers with a window keep no more than that needs; then no prefix is found again")
   return parser
 
 
@@ -126,7 +129,8 @@ def _load(args):
   cfg, params, mesh = load_model(run, compute_dtype=args.compute_dtype, weights=args.weights, step=args.step,
                                  tensor=args.tensor)
   engine = Engine(cfg, params, mesh, stop_ids=stop_ids, slots=args.slots, page_size=args.page_size,
-                  n_pages=args.pages, max_length=args.max_length, prefill_chunk=args.prefill_chunk)
+                  n_pages=args.pages, max_length=args.max_length, prefill_chunk=args.prefill_chunk,
+                  cache_dtype=args.cache_dtype, ring_windows=args.ring_windows)
   began = time.perf_counter()
   engine.warm_up()
   seconds = time.perf_counter() - began

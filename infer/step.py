@@ -75,10 +75,12 @@ def empty_inputs(W, R, C, L, S, V) -> Inputs:
                 mask_WMw=np.full((W, M, -(-V // 32)), 0xffffffff, np.uint32), chunk=chunk if C else None)
 
 
-def empty_state(cfg, W, S, n_pages, page_size, cache_dtype) -> State:
+def empty_state(cfg, W, S, n_pages, page_size, cache_dtype, ring_chunk=None) -> State:
+  """ring_chunk: the longest chunk, where layers with a window keep only what it needs."""
   spec = lambda shape: cfg.rules("batch", *[None] * (len(shape) - 1))
   zeros = lambda *shape: jnp.zeros(shape, jnp.int32, out_sharding=spec(shape))
-  return State(init_paged_cache(cfg, W, n_pages, page_size, cache_dtype), zeros(W, S + 1),
+  ring = None if ring_chunk is None else (S, ring_chunk)
+  return State(init_paged_cache(cfg, W, n_pages, page_size, cache_dtype, ring), zeros(W, S + 1),
                zeros(W, S + 1, cfg.padded_vocab_size))
 
 
@@ -93,8 +95,10 @@ def run_step(graphdef, weights, inputs: Inputs, state: State) -> tuple[State, Ma
   token_WT, pos_WT = _each_way(rules, _pick)(state.token_WS, row_WR), inputs.pos_WR
   is_token_WT = row_WR != nobody
   page_WML, n_W, counts_WSV = inputs.page_WML, jnp.zeros_like(inputs.pos_WR[:, 0]), state.counts_WSV
+  slot_WM = inputs.slot_WM
   if chunk is None:
     page_WML = jnp.pad(page_WML, ((0, 0), (0, 1), (0, 0)))
+    slot_WM = jnp.pad(slot_WM, ((0, 0), (0, 1)), constant_values=nobody)
   else:
     n_W = chunk.n_W
     place_1C = jnp.arange(chunk.token_WC.shape[1], dtype=jnp.int32)[None]
@@ -104,8 +108,10 @@ def run_step(graphdef, weights, inputs: Inputs, state: State) -> tuple[State, Ma
     counts_WSV = _each_way(rules, _begin)(
         counts_WSV, inputs.slot_WM[:, -1], chunk.is_first_W, chunk.counts_WV)
 
-  where = Where(pos_WT, page_WML, n_W)
-  caches = tuple(dataclasses.replace(cache, where=where) for cache in state.caches)
+  pages = {n: page_WML if n is None else _ring_pages(slot_WM, nobody, n, page_WML.shape[2])
+           for n in {cache.n_ring for cache in state.caches}}
+  caches = tuple(dataclasses.replace(cache, where=Where(pos_WT, pages[cache.n_ring], n_W))
+                 for cache in state.caches)
   x_WTD, caches = model.extend(token_WT, pos_WT, is_token_WT.astype(jnp.int32), caches, layers)
   caches = tuple(dataclasses.replace(cache, where=None) for cache in caches)
 
@@ -120,6 +126,12 @@ def run_step(graphdef, weights, inputs: Inputs, state: State) -> tuple[State, Ma
       rules, logits_WMV, state.token_WS, counts_WSV, inputs.slot_WM, inputs.makes_WM, next_WM,
       inputs.mask_WMw, inputs.settings)
   return State(caches, token_WS, counts_WSV), Made(drawn_WM, scored_WC)
+
+
+def _ring_pages(slot_WM, nobody, n, L):
+  """[W, M, L]: a slot's own n pages, again and again."""
+  page_WML = 1 + n * slot_WM[..., None] + (jnp.arange(L, dtype=jnp.int32) % n)[None, None]
+  return jnp.where(slot_WM[..., None] == nobody, 0, page_WML)
 
 
 def fork(state: State, slot_WN, token_WN, from_WN, to_WN) -> State:

@@ -21,6 +21,8 @@ class PagedCache:
   kv_WPcKAH: jax.Array  # c: keys, values; of latent attention, the latent alone.
   scale_WPcKA: jax.Array | None  # Of int8 pages: what each key or value is a multiple of.
   where: Where | None
+  # Pages that each slot has for itself and uses in turn, where a window needs no more.
+  n_ring: int | None = dataclasses.field(default=None, metadata={"static": True})
 
   def attend(self, q_1TNH, k_1TKH, v_1TKH, *, own_heads, latent, **settings):
     """Writes the step's tokens, and lets them attend.
@@ -55,7 +57,7 @@ class PagedCache:
 
     out_TNH = paged(q_1TNH[0], read, where, **settings)
     scale_WPcKA = None if scale_PcKA is None else scale_PcKA[None]
-    return out_TNH[None], PagedCache(kv_PcKAH[None], scale_WPcKA, self.where)
+    return out_TNH[None], dataclasses.replace(self, kv_WPcKAH=kv_PcKAH[None], scale_WPcKA=scale_WPcKA)
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +66,7 @@ class TPUPagedCache:
   """PagedCache in the order that the Pallas kernel reads: the key of each kv head before its value."""
   kv_WPAKH: jax.Array
   where: Where | None
+  n_ring: int | None = dataclasses.field(default=None, metadata={"static": True})
 
   def attend(self, q_1TNH, k_1TKH, v_1TKH, *, own_heads, latent, **settings):
     del own_heads, latent
@@ -71,7 +74,8 @@ class TPUPagedCache:
     kv_TKH = jnp.stack([k_1TKH[0], v_1TKH[0]], axis=2).reshape(k_1TKH.shape[1], -1, k_1TKH.shape[3])
     slots = where.slots(self.kv_WPAKH.shape[2])
     kv_PAKH = self.kv_WPAKH[0].at[slots].set(kv_TKH.astype(self.kv_WPAKH.dtype), mode="promise_in_bounds")
-    return paged_on_tpu(q_1TNH[0], kv_PAKH, where, **settings)[None], TPUPagedCache(kv_PAKH[None], self.where)
+    out_TNH = paged_on_tpu(q_1TNH[0], kv_PAKH, where, **settings)
+    return out_TNH[None], dataclasses.replace(self, kv_WPAKH=kv_PAKH[None])
 
 
 def _put(pool_PcKA, x_TcK, page_T, offset_T):
@@ -89,22 +93,33 @@ def quantise(x_TcKH):
   return jnp.round(x_TcKH / scale_TcK[..., None]).astype(jnp.int8), scale_TcK
 
 
-def init_paged_cache(cfg, ways: int, n_pages: int, page_size: int, dtype: str | None = None) -> tuple:
-  """One pool a layer, for each of the `ways` of the batch; `dtype` "int8", or the compute dtype."""
+def init_paged_cache(cfg, ways: int, n_pages: int, page_size: int, dtype: str | None = None,
+                     ring: tuple[int, int] | None = None) -> tuple:
+  """One pool a layer, for each of the `ways` of the batch.
+
+  Args:
+    dtype: "int8", or the compute dtype.
+    ring: (slots, tokens of a chunk): layers with a window keep only what it needs, for each slot.
+  """
   dtype, heads = jnp.dtype(dtype or cfg.compute_dtype), None if cfg.latent else "kv_heads"
 
   def zeros(dtype, *shape_and_axes):
     shape, axes = zip(*shape_and_axes)
     return jnp.zeros(shape, dtype, out_sharding=cfg.rules(*axes))
 
-  def one():
-    W, P, A = (ways, "batch"), (n_pages, None), (page_size, None)
+  def one(window):
+    n_ring, n = None, n_pages
+    if ring is not None and window is not None:
+      n_ring = -(-(window + ring[1] - 1) // page_size) + 1  # A chunk is written before its first token looks.
+      n = 1 + ring[0] * n_ring
+    W, P, A = (ways, "batch"), (n, None), (page_size, None)
     if (platform() == "tpu" and not cfg.latent and dtype != jnp.int8 and cfg.head_dim % LANES == 0
         and cfg.rules.kv_heads == cfg.rules.heads):
-      return TPUPagedCache(zeros(dtype, W, P, A, (2 * cfg.n_kv_heads, heads), (cfg.head_dim, None)), None)
+      kv = zeros(dtype, W, P, A, (2 * cfg.n_kv_heads, heads), (cfg.head_dim, None))
+      return TPUPagedCache(kv, None, n_ring)
     c, K = ((1, None), (1, None)) if cfg.latent else ((2, None), (cfg.n_kv_heads, heads))
     width = cfg.kv_lora_rank + cfg.turned_dim if cfg.latent else cfg.head_dim
     scale = zeros(jnp.float32, W, P, c, K, A) if dtype == jnp.int8 else None
-    return PagedCache(zeros(dtype, W, P, c, K, A, (width, None)), scale, None)
+    return PagedCache(zeros(dtype, W, P, c, K, A, (width, None)), scale, None, n_ring)
 
-  return tuple(one() for _ in range(cfg.n_layers))
+  return tuple(one(window) for window in cfg.windows * (cfg.n_layers // len(cfg.windows)))

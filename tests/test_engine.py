@@ -188,6 +188,21 @@ def test_after_prefix_hits_eviction_and_preemption():
   assert more["preemptions"] > 5 and more["prefix_hit_tokens"] > 200
 
 
+def test_layers_with_a_window_keep_what_it_needs():
+  """Their pages are used again and again, by rows and by chunks."""
+  engine, texts = make_engine("mixed windows", ring_windows=True), texts_of(*LENGTHS)
+  sizes = {cache.n_ring: cache.kv_WPcKAH.shape[1] for cache in engine._state.caches}
+  assert sizes == {8: 1 + 4 * 8, None: engine.n_pages}  # 12 + 15 tokens lie in at most 8 pages of 4.
+  for _ in range(2):  # The second time in pages that hold others' tokens.
+    for (tokens, _), got in zip(texts, forced_logprobs(engine, texts)):
+      np.testing.assert_allclose(got, forward_logprobs("mixed windows", tokens)[:-1], atol=1e-4)
+  assert engine.counters["prefix_hit_tokens"] == 0
+  with pytest.raises(ValueError, match="ring_windows"):
+    engine.submit(Request(prompt=[1], beams=BeamSearch(width=2, n=1), sampling=Sampling(max_tokens=3)))
+  with pytest.raises(ValueError, match="no layer of the model has a window"):
+    make_engine("gqa", ring_windows=True)
+
+
 def test_a_prompt_is_scored_once_though_its_pages_were_lost():
   engine = make_engine("gqa", n_pages=44, keep_prefixes=False)
   events = run(engine, [Request(prompt=tokens, sampling=Sampling(

@@ -100,6 +100,7 @@ def test_every_context_is_plain_attention(ways):
     check_equal(arrays, want[case], name, ways)
 
 
+@pytest.mark.slow
 def test_chunks_of_many_blocks_in_bf16():
   """With no larger an error than `chunked` on one device has."""
   data = inputs(2, 2, t=1200, dtype=jnp.bfloat16)

@@ -4,19 +4,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-FEW = 64  # Tokens: beyond, a CPU multiplies as fast either way.
-
 
 def multiply(equation, x, w, n_turned, **settings):
   """einsum(equation, x, w), where x and the result lead with tokens.
 
   Args:
-    n_turned: of `turned(param)`. Then XLA:CPU multiplies few tokens fastest as w x (YNNPACK, 1.5 to 2 times),
-      and the barriers keep it from making x w of it.
+    n_turned: of `turned(param)`. Then XLA:CPU multiplies few tokens fastest as w x (YNNPACK, 1.5 to 2 times);
+      the barriers keep it from making x w of it, for which it would copy w turned back.
   """
   inputs, out = equation.split("->")
   shared = set.intersection(*map(set, inputs.split(",")), out)
-  if not n_turned or shared or len(x) > FEW:
+  if not n_turned or shared:
     return jnp.einsum(equation, x, w, **settings)
   n_in, kept = math.prod(w.shape[-n_turned:]), jax.lax.optimization_barrier
   y = kept(jnp.matmul(w.reshape(-1, n_in), kept(x.reshape(-1, n_in).T), **settings)).T

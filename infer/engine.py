@@ -19,7 +19,7 @@ import numpy as np
 from infer.beam import BeamSearch, Hypothesis, Search
 from infer.load import cast_params, decode_config
 from infer.sampling import MOST_STOP_IDS, MOST_TOP, Sampling
-from infer.scheduler import Scheduler
+from infer.scheduler import PAGE_SIZE, Scheduler
 from infer.step import SCORED_TOGETHER, Inputs, empty_inputs, empty_state, fork, run_step, stack_inputs
 from model.config import ModelConfig
 from model.sharding import place, ways
@@ -80,10 +80,10 @@ class Engine:
       decode_tokens.
   """
 
-  def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), slots: int = 16, page_size: int = 32,
-               n_pages: int | None = None, max_length: int | None = None, prefill_chunk: int = 256,
-               row_buckets: tuple[int, ...] | None = None, cache_dtype: str | None = None,
-               keep_prefixes: bool = True, ring_windows: bool = False):
+  def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), slots: int = 16,
+               page_size: int = PAGE_SIZE, n_pages: int | None = None, max_length: int | None = None,
+               prefill_chunk: int = 256, row_buckets: tuple[int, ...] | None = None,
+               cache_dtype: str | None = None, keep_prefixes: bool = True, ring_windows: bool = False):
     """Args:
       cfg: of any rules; those of DECODE are used.
       params: of `model.transformer`, sharded anyhow. They are copied: cast, and one tree a layer.

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 
+PAGE_SIZE = 32  # Tokens a page, where no one says another number.
 TRASH = 0  # The page of rows without a request.
 
 

@@ -22,13 +22,14 @@ import time
 
 from infer.flags import parse_strictly
 from infer.listen import Options, bind, read_key
+from infer.scheduler import PAGE_SIZE
 
 # Flag -> (type, default, least, help).
 NUMBERS = {
   "slots": (int, 16, 1, "texts made at a time"),
   "max_length": (int, None, 2, "most tokens of a prompt and its text (the model's)"),
   "pages": (int, None, 2, "of the cache (so many that every slot can be filled)"),
-  "page_size": (int, 32, 1, "tokens a page"),
+  "page_size": (int, PAGE_SIZE, 1, "tokens a page"),
   "prefill_chunk": (int, 256, 1, "tokens of a prompt read at once"),
   "tensor": (int, 1, 1, "devices that share each layer"),
   "max_waiting": (int, 64, 0, "texts beyond the slots before 429 is answered"),

@@ -30,30 +30,30 @@ def test_every_variant_decodes_as_it_reads(name):
   np.testing.assert_allclose(got_2SV, wanted_BSV[:2], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["window,plain", "attention=mla"])
-def test_another_sequence_changes_no_bit(name):
-  cfg, mesh, _, params, _ = tiny(name)
+def with_another(cfg, mesh, params):
+  """The logits of two sequences, before and after the other one than i is replaced; for i of 0 and 1."""
   tokens_2S = random_tokens()
-  got_2SV = decode_logits(cfg, mesh, params, tokens_2S, cut=CUT)
+  before_2SV = decode_logits(cfg, mesh, params, tokens_2S, cut=CUT)
   for i in range(2):
     other_2S = tokens_2S.copy()
     other_2S[1 - i] = random_tokens(1, seed=3)
-    moved_2SV = decode_logits(cfg, mesh, params, other_2S, cut=CUT)
-    np.testing.assert_array_equal(moved_2SV[i], got_2SV[i])
-    assert (moved_2SV[1 - i] != got_2SV[1 - i]).any()
+    yield before_2SV, decode_logits(cfg, mesh, params, other_2S, cut=CUT)
+
+
+@pytest.mark.parametrize("name", ["window,plain", "attention=mla"])
+def test_another_sequence_changes_no_bit(name):
+  cfg, mesh, _, params, _ = tiny(name)
+  for i, (before_2SV, after_2SV) in enumerate(with_another(cfg, mesh, params)):
+    np.testing.assert_array_equal(after_2SV[i], before_2SV[i])
+    assert (after_2SV[1 - i] != before_2SV[1 - i]).any()
 
 
 def test_which_tokens_are_read_together_decides_nothing_about_experts():
   """A model that was trained with room for so many tokens decodes without a limit."""
   cfg, mesh = model_config(**MOE, dispatch="capacity", capacity_factor=0.5), mesh_of("one")
   params = make_params(cfg, mesh)[1]
-  tokens_2S = random_tokens()
-  got_2SV = decode_logits(cfg, mesh, params, tokens_2S, cut=CUT)
-  for i in range(2):
-    other_2S = tokens_2S.copy()
-    other_2S[1 - i] = random_tokens(1, seed=3)
-    moved_2SV = decode_logits(cfg, mesh, params, other_2S, cut=CUT)
-    np.testing.assert_allclose(moved_2SV[i], got_2SV[i], atol=1e-5)
+  for i, (before_2SV, after_2SV) in enumerate(with_another(cfg, mesh, params)):
+    np.testing.assert_allclose(after_2SV[i], before_2SV[i], atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

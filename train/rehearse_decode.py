@@ -7,13 +7,13 @@ import jax
 
 from infer.load import cast_params, decode_config
 from infer.sampling import Sampling
+from infer.scheduler import PAGE_SIZE
 from infer.step import empty_inputs, empty_state, run_step, stack_inputs
 from model.cache import init_paged_cache
 from model.count import active_parameters, cache_bytes, decode_bytes_per_token, read_bytes
 from model.sharding import ways
 from model.transformer import abstract_params, unstack
 
-PAGE = 16  # Tokens, as infer.engine.Engine's.
 ROOM = 0.9  # Of HBM: what weights and caches may take; activations and the program need the rest.
 
 
@@ -61,14 +61,14 @@ def lower_decode(cfg, mesh, batch: int, context: int):
   model = decode_config(cfg.model, mesh)
   graphdef, _ = abstract_params(model, mesh)
   W = ways(mesh, model.rules.batch)
-  S, L = batch // W, -(-context // PAGE)
+  S, L = batch // W, -(-context // PAGE_SIZE)
   by_way = lambda a: jax.NamedSharding(mesh, model.rules("batch", *[None] * (a.ndim - 1)))
   inputs = dataclasses.replace(empty_inputs(W, S, 0, L, S, model.padded_vocab_size),
                                settings=stack_inputs([Sampling()] * batch, [0] * batch, (), W))
   inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=by_way(a)), inputs)
   weights = abstract_weights(model, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    state = jax.eval_shape(lambda: empty_state(model, W, S, S * L + 1, PAGE, None))
+    state = jax.eval_shape(lambda: empty_state(model, W, S, S * L + 1, PAGE_SIZE, None))
   with jax.set_mesh(mesh):
     step = jax.jit(functools.partial(run_step, graphdef), donate_argnums=2)
     return step.trace(weights, inputs, _placed(state, mesh)).lower(lowering_platforms=("tpu",))
@@ -89,7 +89,7 @@ def _bytes(a):
 def _cache_bytes(model, mesh, rows, context):
   """Of one sequence a group of devices, on one of them."""
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    caches = jax.eval_shape(lambda: init_paged_cache(model, rows, -(-context // PAGE), PAGE))
+    caches = jax.eval_shape(lambda: init_paged_cache(model, rows, -(-context // PAGE_SIZE), PAGE_SIZE))
   return sum(_bytes(a) for a in jax.tree.leaves(_placed(caches, mesh)))
 
 

@@ -4,8 +4,8 @@ What a request gets does not depend on what runs beside it, but for rounding: ma
 add in other orders.
 
 The device keeps the pages of all caches, and each slot's last token and what was seen of it: a step needs
-nothing that the step before made, so it is dispatched before that is read. Shapes are few: R rows that make a
-token each, and a chunk of C tokens of one prompt. After `warm_up` nothing is compiled.
+nothing that the step before made, so it is dispatched before that is read. Shapes are few: M sequences that
+make a token each, the last of them of a chunk of C tokens of its prompt. After `warm_up` nothing is compiled.
 """
 import collections
 import concurrent.futures
@@ -74,7 +74,7 @@ class Engine:
       for event in engine.step(): ...
 
   Attributes:
-    programs: (R, C) -> the compiled step, and "fork"; nothing else is ever compiled.
+    programs: (M, C) -> the compiled step, and "fork"; nothing else is ever compiled.
     counters: prompt_tokens, prefix_hit_tokens, generated_tokens, preemptions, steps, compiles; compile_s, and
       without it prefill_s, of the steps that fed a prompt, and decode_s, of the others, which made
       decode_tokens.
@@ -115,9 +115,12 @@ class Engine:
     self._pages_each = -(-self.max_length // page_size)
     self.n_pages = (self.slots * self._pages_each if n_pages is None else -(-n_pages // self.n_ways)) + 1
     self.row_buckets = row_buckets or _buckets(1, self.slots)
-    self.chunk_buckets = _buckets(min(32, prefill_chunk), prefill_chunk)
+    self.chunk_sizes = _buckets(min(32, prefill_chunk), prefill_chunk)
+    # Chunk -> sequences: the longest is a program for one alone, which may take its time.
+    self._chunks = dict.fromkeys(self.chunk_sizes, self.row_buckets[-1]) | (
+        {prefill_chunk: 1} if len(self.chunk_sizes) > 1 else {})
     self.schedulers = [Scheduler(slots=self.slots, n_pages=self.n_pages, page_size=page_size,
-                                 chunk=prefill_chunk, keep_prefixes=keep_prefixes and not ring_windows)
+                                 chunks=self.chunk_sizes, keep_prefixes=keep_prefixes and not ring_windows)
                        for _ in range(self.n_ways)]
     self.programs, self._there, self._counters = {}, {}, collections.Counter()
     self._requests, self._next_id = {}, 0  # id -> _Running.
@@ -236,26 +239,35 @@ class Engine:
         self.cancel(id)
 
   def warm_up(self) -> None:
-    """Compiles every program, one while the next is traced, and runs each once on nothing."""
-    most, began = self.row_buckets[-1], time.perf_counter()
-    shapes = [(R, 0) for R in self.row_buckets] + [(most, C) for C in self.chunk_buckets]
-    new = [shape for shape in shapes if shape not in self.programs]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-      compiled = [pool.submit(self._lower(*self._step_of(self._make_inputs([], *shape), *shape)).compile)
-                  for shape in new]
-    self.programs.update(zip(new, (program.result() for program in compiled)))
+    """Compiles every program and runs it once on nothing, while the next are traced and compiled."""
+    began, state = time.perf_counter(), jax.tree.map(_like, self._state)
+    shapes = [(R, 0) for R in self.row_buckets] + [(M, C) for C, M in self._chunks.items()]
+    new = [shape for shape in reversed(shapes) if shape not in self.programs]
+    with (concurrent.futures.ThreadPoolExecutor(2) as compilers,
+          concurrent.futures.ThreadPoolExecutor(1) as runner):
+      runs = []
+      for shape in new:
+        function, donated, *args, _ = self._step_of(self._make_inputs([], *shape), *shape)
+        program = compilers.submit(self._lower(function, donated, *args, state).compile)
+        runs.append(runner.submit(self._run_first, shape, program))
+      for run in runs:
+        run.result()
     self._counters["compiles"] += len(new)
     self._counters["compile_s"] += time.perf_counter() - began
-    for shape in shapes:
-      self._run(self._make_inputs([], *shape), *shape)
     self._fork([])
+    jax.block_until_ready(self._state)
+
+  def _run_first(self, shape, program):
+    self.programs[shape] = program.result()
+    self._run(self._make_inputs([], *shape), *shape)
     jax.block_until_ready(self._state)
 
   def step(self) -> list[Token | Scored | Found]:
     """Dispatches what can be done, and returns what the step before made."""
     began, compiled = time.perf_counter(), self._counters["compile_s"]
     made_before = self._counters["generated_tokens"]
-    plans, events = [scheduler.plan() for scheduler in self.schedulers], []
+    alone, events = not any(scheduler.makes_tokens for scheduler in self.schedulers), []
+    plans = [scheduler.plan(alone) for scheduler in self.schedulers]
     if is_ahead := any(plans):
       self._dispatch(plans)
     if len(self._unread) > is_ahead:
@@ -271,12 +283,12 @@ class Engine:
 
   def _dispatch(self, plans):
     C = max((len(p.chunk.tokens) for p in plans if p and p.chunk), default=0)
-    C = next(c for c in (0, *self.chunk_buckets) if c >= C)
+    C = next(c for c in (0, *self.chunk_sizes) if c >= C)
     R = max(len(p.rows) for p in plans if p)
-    R = self.row_buckets[-1] if C else next(r for r in self.row_buckets if r >= R)
+    M = self._chunks[C] if C else next(r for r in self.row_buckets if r >= R)
     if any(row.token is not None for p in plans if p for row in p.rows):
       self._fork(plans)
-    made = self._run(self._make_inputs(plans, R, C), R, C)
+    made = self._run(self._make_inputs(plans, M, C), M, C)
     for a in jax.tree.leaves(made):
       a.copy_to_host_async()
     self._unread.append((plans, made))
@@ -284,20 +296,20 @@ class Engine:
 
   # From plans to arrays, and back to events.
 
-  def _make_inputs(self, plans, R, C) -> Inputs:
-    W, M, V = self.n_ways, R + bool(C), self.cfg.padded_vocab_size
-    inputs = empty_inputs(W, R, C, self._pages_each, self.slots, V)
+  def _make_inputs(self, plans, M, C) -> Inputs:
+    W, V = self.n_ways, self.cfg.padded_vocab_size
+    inputs = empty_inputs(W, M, C, self._pages_each, self.slots, V)
     samplings, starts = [_OFF] * (W * M), [0] * (W * M)
     for w, plan in enumerate(plans):
       if plan is None:
         continue
       if plan.chunk is not None:
         self._fill_chunk(inputs.chunk, w, plan.chunk)
-      for m, part in [*enumerate(plan.rows), *([(R, plan.chunk)] if plan.chunk else [])]:
+      for m, part in [*enumerate(plan.rows), *([(M - 1, plan.chunk)] if plan.chunk else [])]:
         inputs.slot_WM[w, m], inputs.page_WML[w, m, :len(part.pages)] = part.slot, part.pages
-        if m < R:
+        if part is not plan.chunk:
           inputs.pos_WR[w, m] = part.position
-        makes = inputs.makes_WM[w, m] = m < R or part.makes_token
+        makes = inputs.makes_WM[w, m] = part is not plan.chunk or part.makes_token
         running = self._requests[part.sequence.id]
         samplings[w * M + m], starts[w * M + m] = running.sampling, len(running.request.prompt)
         if running.request.beams is not None:
@@ -334,13 +346,13 @@ class Engine:
     arrays = self._put([slot_WN, token_WN, from_WN, to_WN])
     self._state = self._compiled("fork", fork, 0, self._state, *arrays)
 
-  def _run(self, inputs, R, C):
-    self._state, made = self._compiled((R, C), *self._step_of(inputs, R, C))
+  def _run(self, inputs, M, C):
+    self._state, made = self._compiled((M, C), *self._step_of(inputs, M, C))
     return made
 
-  def _step_of(self, inputs, R, C):
+  def _step_of(self, inputs, M, C):
     """(function, the argument that is donated, arguments)."""
-    return (functools.partial(run_step, self._graphdef), 2, self._weights, self._put_changed(inputs, R, C),
+    return (functools.partial(run_step, self._graphdef), 2, self._weights, self._put_changed(inputs, M, C),
             self._state)
 
   def _compiled(self, key, function, donated, *args):
@@ -356,15 +368,15 @@ class Engine:
     with jax.set_mesh(self.mesh):
       return jax.jit(function, donate_argnums=donated).lower(*args)
 
-  def _put_changed(self, inputs, R, C):
+  def _put_changed(self, inputs, M, C):
     """On the devices; what is as in the last step of this shape is there already."""
     new, tree = jax.tree.flatten(inputs)
-    old, there = self._there.get((R, C)) or ([None] * len(new), [None] * len(new))
+    old, there = self._there.get((M, C)) or ([None] * len(new), [None] * len(new))
     changed = [i for i, (a, b) in enumerate(zip(new, old)) if b is None or not np.array_equal(a, b)]
     there = list(there)
     for i, a in zip(changed, self._put([new[i] for i in changed])):
       there[i] = a
-    self._there[R, C] = new, there
+    self._there[M, C] = new, there
     return tree.unflatten(there)
 
   def _put(self, arrays):
@@ -454,6 +466,10 @@ class _Running:
 
 
 _OFF, _BEAM = Sampling(temperature=0.0), Sampling(temperature=0.0, logprobs=MOST_TOP)
+
+
+def _like(a):
+  return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
 
 
 def _pairs(ids, logprobs):

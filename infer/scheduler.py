@@ -149,11 +149,13 @@ class Scheduler:
   another is the first to get some again.
 
   Attributes:
+    chunks: sizes, the shortest first.
     counters: prompt_tokens, prefix_hit_tokens, preemptions: sums since the start.
   """
 
-  def __init__(self, *, slots: int, n_pages: int, page_size: int, chunk: int, keep_prefixes: bool = True):
-    self.pages, self.page_size, self.chunk = Pages(n_pages), page_size, chunk
+  def __init__(self, *, slots: int, n_pages: int, page_size: int, chunks: tuple[int, ...],
+               keep_prefixes: bool = True):
+    self.pages, self.page_size, self.chunks = Pages(n_pages), page_size, chunks
     self.counters = collections.Counter()
     self._keep_prefixes = keep_prefixes
     self._free_slots = list(range(slots - 1, -1, -1))
@@ -235,11 +237,20 @@ class Scheduler:
     for page in itertools.chain(*before):
       self.pages.release(page)
 
-  def plan(self) -> Plan | None:
-    """What the next step does, taken as done. None: there is nothing to do before a token is known."""
+  @property
+  def makes_tokens(self) -> bool:
+    """Whether any request's next step is to make a token."""
+    return any(self._can_make(s) for s in self._running.values())
+
+  def plan(self, alone: bool) -> Plan | None:
+    """What the next step does, taken as done. None: there is nothing to do before a token is known.
+
+    Args:
+      alone: nobody makes a token, here or in another pool: a chunk may be of the longest size.
+    """
     rows = [(s, copied) for s in list(self._running.values())
             if self._can_make(s) and (copied := self._grow(s)) is not None]
-    chunk = self._plan_chunk()
+    chunk = self._plan_chunk(self.chunks if alone else self.chunks[:-1] or self.chunks)
     rows = [row for s, copied in rows for row in self._feed(s, copied)]
     return Plan(rows, chunk) if rows or chunk is not None else None
 
@@ -254,12 +265,13 @@ class Scheduler:
     s.n_fed, s.n_made, s.n_unknown = s.n_fed + 1, s.n_made + 1, s.n_unknown + 1
     return rows
 
-  def _plan_chunk(self):
+  def _plan_chunk(self, sizes):
     s = next((s for s in self._running.values() if s.n_fed < s.n_read), None) or self._admit()
     if s is None:
       return None
-    start = s.n_fed
-    s.n_fed = min(start + self.chunk, s.n_read)
+    start, n = s.n_fed, s.n_read - s.n_fed
+    # A step's time is that of its tokens: no more than a quarter of a chunk is padding, but of the shortest.
+    s.n_fed += min(n, max((size for size in sizes if 3 * size <= 4 * n), default=sizes[0]))
     makes = s.n_fed == s.n_read and s.n_made < s.max_tokens
     if makes:
       s.n_made, s.n_unknown = s.n_made + 1, s.n_unknown + 1

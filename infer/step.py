@@ -65,9 +65,9 @@ def stack_inputs(samplings, starts, stop_ids, W) -> Settings:
   return jax.tree.map(lambda a: a.reshape(W, -1, *a.shape[1:]), stack_settings(samplings, starts, stop_ids))
 
 
-def empty_inputs(W, R, C, L, S, V) -> Inputs:
+def empty_inputs(W, M, C, L, S, V) -> Inputs:
   """NumPy arrays of a step for nobody, to be filled in, settings too; L pages a sequence may have."""
-  M, zeros = R + bool(C), lambda *shape: np.zeros(shape, np.int32)
+  R, zeros = M - bool(C), lambda *shape: np.zeros(shape, np.int32)
   chunk = ChunkInputs(token_WC=zeros(W, C), next_WC=zeros(W, C), start_W=zeros(W), n_W=zeros(W),
                       is_first_W=np.zeros(W, bool), counts_WV=zeros(W, V), n_top_W=zeros(W) - 1)
   return Inputs(slot_WM=zeros(W, M) + S, pos_WR=zeros(W, R), page_WML=zeros(W, M, L),
@@ -94,7 +94,7 @@ def run_step(graphdef, weights, inputs: Inputs, state: State) -> tuple[State, Ma
   row_WR = inputs.slot_WM[:, :R]
   token_WT, pos_WT = _each_way(rules, _pick)(state.token_WS, row_WR), inputs.pos_WR
   is_token_WT = row_WR != nobody
-  page_WML, n_W, counts_WSV = inputs.page_WML, jnp.zeros_like(inputs.pos_WR[:, 0]), state.counts_WSV
+  page_WML, n_W, counts_WSV = inputs.page_WML, jnp.zeros_like(inputs.slot_WM[:, 0]), state.counts_WSV
   slot_WM = inputs.slot_WM
   if chunk is None:
     page_WML = jnp.pad(page_WML, ((0, 0), (0, 1), (0, 0)))
@@ -115,7 +115,7 @@ def run_step(graphdef, weights, inputs: Inputs, state: State) -> tuple[State, Ma
   x_WTD, caches = model.extend(token_WT, pos_WT, is_token_WT.astype(jnp.int32), caches, layers)
   caches = tuple(dataclasses.replace(cache, where=None) for cache in caches)
 
-  last_WM = jnp.broadcast_to(jnp.arange(inputs.slot_WM.shape[1]), inputs.slot_WM.shape)
+  last_WM = jnp.zeros_like(inputs.slot_WM) + jnp.arange(inputs.slot_WM.shape[1])[None]
   scored_WC = ()
   if chunk is not None:  # Its token is made of its last one.
     last_WM = jnp.where(last_WM == R, R + jnp.maximum(n_W, 1)[:, None] - 1, last_WM)

@@ -17,6 +17,7 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None, 
   values, and attends.
 
   Args:
+    pos_BT, segment_BT: not read with a cache, which knows where they stand.
     v_BTKH: None where the first cfg.kv_lora_rank numbers of a key are its value.
     kv_heads: the logical axis of K; None: one head, of which every device has all.
 
@@ -42,6 +43,8 @@ def attend(cfg, window, q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache=None, 
   bt, q, kv = (rules("batch", "length"), rules("batch", "length", "heads", None),
                rules("batch", "length", kv_heads, None))
   caches = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, cache)
+  if cache is not None:
+    pos_BT = segment_BT = bt = None
   v = None if v_BTKH is None else kv
   return on_devices(local, (q, kv, v, bt, bt, caches), (q, caches), check_vma=False)(
       q_BTNH, k_BTKH, v_BTKH, pos_BT, segment_BT, cache)

@@ -4,6 +4,7 @@ Learned positions are a table that model.transformer adds to the embeddings.
 """
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,31 +14,55 @@ def turn(cfg, window, x_BTNH, pos_BT):
 
   Only the first cfg.turned_dim dims of a head turn. A layer with a window has its own base where
   cfg.rope_theta_local says so, and no scaling then (Gemma 3).
+
+  Args:
+    pos_BT: or what `make_sines` made of them.
   """
   if cfg.positions != "rope":
     return x_BTNH
-  local = window is not None and cfg.rope_theta_local is not None
-  theta, kind = (cfg.rope_theta_local, "none") if local else (cfg.rope_theta, cfg.rope_scaling.kind)
-  dim = cfg.turned_dim
-  freq, factor = SCALING[kind](cfg.rope_scaling, theta, dim)
+  dim, local = cfg.turned_dim, _is_local(cfg, window)
+  sin_cos = pos_BT[local] if isinstance(pos_BT, dict) else _sin_cos(cfg, local, pos_BT)
   if dim == x_BTNH.shape[-1]:
-    return rope(x_BTNH, pos_BT, freq, factor)
-  return jnp.concatenate([rope(x_BTNH[..., :dim], pos_BT, freq, factor), x_BTNH[..., dim:]], axis=-1)
+    return rope(x_BTNH, *sin_cos)
+  return jnp.concatenate([rope(x_BTNH[..., :dim], *sin_cos), x_BTNH[..., dim:]], axis=-1)
 
 
-def rope(x_BTNH, pos_BT, freq, factor=1.0):
-  """Rotates the pairs (i, i + H/2) by pos * freq[i] (arXiv:2104.09864, in the rotate-half layout of Llama),
-  and stretches them by `factor`.
+def make_sines(cfg, pos_BT):
+  """What all layers share of `turn`, made once: XLA:CPU would make it again for every head. Whatever leaves a
+  conditional is not made again, and where there are positions it is taken."""
+  if cfg.positions != "rope":
+    return {}
+  kinds = {_is_local(cfg, window) for window in cfg.windows}
+  make = lambda pos_BT: {local: _sin_cos(cfg, local, pos_BT) for local in kinds}
+  nothing = lambda pos_BT: jax.tree.map(jnp.zeros_like, make(pos_BT))
+  return jax.lax.cond(pos_BT.max() >= 0, make, nothing, pos_BT)
+
+
+def _is_local(cfg, window):
+  return window is not None and cfg.rope_theta_local is not None
+
+
+def _sin_cos(cfg, local, pos_BT):
+  theta, kind = (cfg.rope_theta_local, "none") if local else (cfg.rope_theta, cfg.rope_scaling.kind)
+  return sin_cos(pos_BT, *SCALING[kind](cfg.rope_scaling, theta, cfg.turned_dim))
+
+
+def sin_cos(pos_BT, freq, factor=1.0):
+  """Of the angles pos * freq, each [B, T, 1, pairs], and stretched by `factor`.
 
   Positions come from the packer, so they restart in each document. Angles are float32: bf16 cannot count past
   256.
   """
   angle = pos_BT[:, :, None, None].astype(jnp.float32) * jnp.asarray(freq, jnp.float32)[None, None, None, :]
   sin, cos = jnp.sin(angle), jnp.cos(angle)
-  if factor != 1.0:
-    sin, cos = sin * factor, cos * factor
+  return (sin, cos) if factor == 1.0 else (sin * factor, cos * factor)
+
+
+def rope(x_BTNH, sin_BT1r, cos_BT1r):
+  """Rotates the pairs (i, i + H/2) (arXiv:2104.09864, in the rotate-half layout of Llama)."""
   x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
+  return jnp.concatenate([x1 * cos_BT1r - x2 * sin_BT1r, x2 * cos_BT1r + x1 * sin_BT1r],
+                         axis=-1).astype(x_BTNH.dtype)
 
 
 # Each: (RopeScaling, base, dims that turn) -> (radians a token of each pair, what cos and sin are multiplied

@@ -21,6 +21,7 @@ from model.lookup import check_choice, lookup
 from model.moe import DISPATCH, ROUTER
 from model.parametrization import PARAMETRIZATION, init_factor
 from model.pipeline import pipeline
+from model.positions import make_sines
 from model.products import multiply, turn, turned
 from model.sharding import fit, on_devices, place, ways
 
@@ -201,14 +202,15 @@ class Transformer(nnx.Module):
       (x_BTD before the head, caches).
     """
     tokens_BT, pos_BT, segment_BT = self._split(tokens_BT, pos_BT, segment_BT)
-    x_BTD, new_caches, stacks = self._embed(tokens_BT, pos_BT), [], {}
+    x_BTD, sines = self._embed(tokens_BT, pos_BT), make_sines(self.cfg, pos_BT)
+    new_caches, stacks = [], {}
     for n, cache in enumerate(caches):
       blocks, i, pick = layer_place(self.cfg, n)
       if (blocks, i) not in stacks:
         stacks[blocks, i] = nnx.split(getattr(self, blocks)[i])
       graphdef, stack = stacks[blocks, i]
       state = layers[n] if layers else nnx.to_pure_dict(jax.tree.map(pick, stack))
-      x_BTD, cache = _extend_block(graphdef, state, x_BTD, pos_BT, segment_BT, cache)
+      x_BTD, cache = _extend_block(graphdef, state, x_BTD, sines, segment_BT, cache)
       new_caches.append(cache)
     return self._final(x_BTD), tuple(new_caches)
 
@@ -287,9 +289,9 @@ class Transformer(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _extend_block(graphdef, state, x_BTD, pos_BT, segment_BT, cache):
+def _extend_block(graphdef, state, x_BTD, sines, segment_BT, cache):
   """A layer of `Transformer.extend`. Layers that are alike are traced once: that was most of a warm start."""
-  x_BTD, cache, _ = nnx.merge(graphdef, state)(x_BTD, pos_BT, segment_BT, cache)
+  x_BTD, cache, _ = nnx.merge(graphdef, state)(x_BTD, sines, segment_BT, cache)
   return x_BTD, cache
 
 

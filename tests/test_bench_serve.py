@@ -227,6 +227,8 @@ def test_requests_are_those_of_the_seed():
   assert made == draw(510)[:500] and made != draw(500, seed=2)  # More to warm up changes nothing.
   assert {len(r.prompt) for r in made} == {*range(10, 21)} and {r.max_tokens for r in made} == {3, 4, 5}
   assert max(t for r in made for t in r.prompt) == 999
+  lengths = [r.max_tokens for r in draw(4000, prompt=(1, 1), output=(8, 256))]
+  np.testing.assert_allclose(np.quantile(lengths, [0.25, 0.5, 0.75]), [19, 45, 108], rtol=0.08)
   half = draw(500, common=0.5)
   longest = max(half, key=lambda r: len(r.prompt)).prompt
   for a in half:

@@ -350,7 +350,7 @@ def test_nothing_compiles_after_warm_up(n):
                   prefill_chunk=16)
   engine.warm_up()
   before = engine.counters["compiles"]
-  assert before == len(engine.programs) == len(engine.row_buckets) + len(engine.chunk_buckets) + 1
+  assert before == len(engine.programs) == len(engine.row_buckets) + len(engine.chunk_sizes) + 1
   searches = [Request(prompt=[i] * 9, beams=BeamSearch(width=3), sampling=Sampling(max_tokens=9))
               for i in range(3)]
   jax.monitoring.register_event_duration_secs_listener(listen)

@@ -234,6 +234,6 @@ def test_the_engines_step_compiles(name, monkeypatch):
     state = jax.eval_shape(lambda: empty_state(cfg, 2, 16, 100, 16, None))
     inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(
       mesh, cfg.rules("batch", *[None] * (a.ndim - 1)))), dataclasses.replace(
-        empty_inputs(2, 8, 64, 16, 16, 384), settings=stack_inputs([Sampling()] * 18, [0] * 18, (), 2)))
+        empty_inputs(2, 8, 64, 16, 16, 384), settings=stack_inputs([Sampling()] * 16, [0] * 16, (), 2)))
     text = compiled_text(functools.partial(run_step, graphdef), weights, inputs, state)
   assert "ragged_paged_attention_kernel" in kernels_of(text)

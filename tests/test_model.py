@@ -11,7 +11,7 @@ from configs.tiny import get_config
 from model.config import ModelConfig
 from model.kernels.attention import KERNEL, Mask
 from model.layers import LayerNorm, RMSNorm, dropout, weight
-from model.positions import none, rope
+from model.positions import none, rope, sin_cos
 from model.sharding import TRAIN, AxisRules, abstract_mesh, make_mesh, mesh_shape
 from model.transformer import abstract_params, check_names
 from tests.tiny import MOE, abstract_batch, make_params, mesh_of, model_config, packed_batch, put
@@ -22,7 +22,7 @@ def test_rope_depends_on_distance_only():
   """At positions of 100,000 too, which 16-bit angles would fail."""
   rng = np.random.default_rng(0)
   q, k = (rng.normal(size=(1, 1, 1, 32)).astype(np.float32) for _ in range(2))
-  at = lambda x, p: rope(x, jnp.full((1, 1), p, jnp.int32), none(None, 10_000.0, 32)[0])
+  at = lambda x, p: rope(x, *sin_cos(jnp.full((1, 1), p, jnp.int32), none(None, 10_000.0, 32)[0]))
   near = float(jnp.sum(at(q, 7) * at(k, 3)))
   far = float(jnp.sum(at(q, 100_007) * at(k, 100_003)))
   assert far == pytest.approx(near, abs=3e-2 * abs(near) + 1e-5 * 32)
@@ -35,7 +35,7 @@ def test_rope_is_the_complex_rotation():
   pos = rng.integers(0, 1000, (2, 5)).astype(np.int32)
   freq = 500.0 ** (-np.arange(4) / 4)
   turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * pos[:, :, None, None] * freq)
-  np.testing.assert_allclose(rope(x, pos, none(None, 500.0, 8)[0]),
+  np.testing.assert_allclose(rope(x, *sin_cos(pos, none(None, 500.0, 8)[0])),
                              np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
 
 

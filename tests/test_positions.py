@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.config import RopeScaling
-from model.positions import SCALING, magnitude, none, rope, turn
+from model.positions import SCALING, magnitude, none, rope, sin_cos, turn
 from tests.tiny import MLA, YARN, model_config
 
 DIM, THETA, LENGTH = 16, 10_000.0, 64
@@ -85,7 +85,7 @@ def test_products_depend_on_distance_only(name):
   """And are the closed form; past the original length too, as well as float32 knows an angle there."""
   freq, factor = SCALING["none" if name == "none" else CASES[name].kind](CASES.get(name), THETA, DIM)
   q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 3, DIM)).astype(np.float32)
-  at = lambda x, p: rope(x, jnp.full((1, 1), p, jnp.int32), freq, factor)
+  at = lambda x, p: rope(x, *sin_cos(jnp.full((1, 1), p, jnp.int32), freq, factor))
   product = lambda m, n: np.asarray(jnp.sum(at(q, m) * at(k, n), -1))
   exact = sum((q[..., i] * k[..., i] + q[..., i + 8] * k[..., i + 8]) * np.cos(4 * np.float64(freq[i]))
               + (q[..., i + 8] * k[..., i] - q[..., i] * k[..., i + 8]) * -np.sin(4 * np.float64(freq[i]))
@@ -103,7 +103,7 @@ def test_what_turns_and_by_which_base():
   assert np.array_equal(got[..., 6:], x[..., 6:])
   assert not np.isclose(got[:, 1:, :, :6], x[:, 1:, :, :6]).all(-1).any()
   both = model_config(window=5, layer_pattern=("local", "global"), rope_theta_local=100.0, rope_scaling=YARN)
-  base = rope(x, pos, none(None, 100.0, 8)[0])
+  base = rope(x, *sin_cos(pos, none(None, 100.0, 8)[0]))
   assert np.array_equal(turn(both, 5, x, pos), base)
   assert not np.array_equal(turn(both, None, x, pos), base)
   assert np.array_equal(turn(model_config(positions="none"), None, x, pos), x)

@@ -32,12 +32,13 @@ class Seen:
 
 def draw_requests(n: int, *, seed: int, prompt: tuple[int, int], output: tuple[int, int], common: float,
                   vocab_size: int) -> list[Request]:
-  """Lengths are uniform, both ends included; the first `common` (a share) of every prompt is of one text."""
+  """Of lengths the logarithm is uniform: many are short and few are long, as people ask. The first `common`
+  (a share) of every prompt is of one text."""
   lengths, ids = (np.random.default_rng([seed, i]) for i in range(2))
   draw = lambda k: ids.integers(0, vocab_size, k).tolist()
   shared, made = draw(prompt[1]), []
   for _ in range(n):
-    n_prompt, n_output = (int(lengths.integers(low, high + 1)) for low, high in (prompt, output))
+    n_prompt, n_output = (int(low * ((high + 1) / low) ** lengths.random()) for low, high in (prompt, output))
     n_shared = round(common * n_prompt)
     made.append(Request(shared[:n_shared] + draw(n_prompt - n_shared), n_output))
   return made

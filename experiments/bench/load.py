@@ -37,7 +37,8 @@ def add_flags(parser) -> None:
   add("--rate", type=float, metavar="X", help="open loop instead: requests a second, Poisson")
   add("--requests", type=int, default=96, metavar="N", help="that count (%(default)s)")
   add("--warm_up", type=int, default=16, metavar="N", help="requests before them (%(default)s)")
-  add("--prompt_tokens", default="32:256", metavar="LOW:HIGH", help="(%(default)s)")
+  add("--prompt_tokens", default="32:256", metavar="LOW:HIGH",
+      help="many short, few long: the logarithm is uniform (%(default)s)")
   add("--output_tokens", default="8:256", metavar="LOW:HIGH", help="(%(default)s)")
   add("--common", type=float, default=0.0, metavar="X",
       help="share of every prompt that all prompts begin with, 0 to 1 (%(default)s)")

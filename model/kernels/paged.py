@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from model.kernels.attention import HIDDEN
 from model.layers import softcap
 
+TOGETHER = 4  # Pages of a chunk's sequence that are one block of its attention.
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +52,13 @@ def paged(q_TNH, read, where: Where, *, window, scale, cap):
   """
   R, T = where.n_rows, q_TNH.shape[0]
   attend = functools.partial(by_pages, read=read, window=window, scale=scale, cap=cap)
-  rows = attend(q_TNH[:R, None], page_BL=where.page_ML[:R], pos_BT=where.pos_T[:R, None])[:, 0]
-  if T == R:
-    return rows
-  pos_1T = jnp.where(jnp.arange(T - R) < where.n_chunk, where.pos_T[R:], 0)[None]
-  return jnp.concatenate([rows, attend(q_TNH[None, R:], page_BL=where.page_ML[R:], pos_BT=pos_1T)[0]])
+  out = []
+  if R:
+    out.append(attend(q_TNH[:R, None], page_BL=where.page_ML[:R], pos_BT=where.pos_T[:R, None])[:, 0])
+  if T > R:
+    pos_1T = jnp.where(jnp.arange(T - R) < where.n_chunk, where.pos_T[R:], 0)[None]
+    out.append(attend(q_TNH[None, R:], page_BL=where.page_ML[R:], pos_BT=pos_1T, together=TOGETHER)[0])
+  return jnp.concatenate(out)
 
 
 def paged_on_tpu(q_TNH, kv_PAKH, where: Where, *, window, scale, cap):
@@ -75,17 +79,21 @@ def paged_on_tpu(q_TNH, kv_PAKH, where: Where, *, window, scale, cap):
       num_queries_per_block=min(q_TNH.shape[0], 32))
 
 
-def by_pages(q_BTNH, page_BL, pos_BT, *, read, window, scale, cap):
-  """`paged`, of sequences with T queries each."""
-  B, T, N, _ = q_BTNH.shape
+def by_pages(q_BTNH, page_BL, pos_BT, *, read, window, scale, cap, together=1):
+  """`paged`, of sequences with T queries each; so many pages at a time."""
+  (B, L), n = page_BL.shape, min(together, page_BL.shape[1])
+  page_Bln = jnp.pad(page_BL, ((0, 0), (0, -L % n))).reshape(B, -1, n)
+  T, N = q_BTNH.shape[1:3]
   k, v = jax.eval_shape(read, page_BL[:, 0])
-  K, A, width = k.shape[1], k.shape[2], v.shape[3]
+  K, A, width = k.shape[1], k.shape[2] * n, v.shape[3]
   q_BKQH = jnp.einsum("BTKGH->BKTGH", q_BTNH.reshape(B, T, K, N // K, -1)).reshape(B, K, T * N // K, -1)
   pos_BQ = jnp.repeat(pos_BT, N // K, axis=1)
 
   def step(l, carry):
     top_BKQ, total_BKQ, out_BKQH = carry
-    k_BKAH, v_BKAH = read(jax.lax.dynamic_index_in_dim(page_BL, l, axis=1, keepdims=False))
+    page_B = jax.lax.dynamic_index_in_dim(page_Bln, l, axis=1, keepdims=False).reshape(-1)
+    k_BKAH, v_BKAH = (x.reshape(B, n, *x.shape[1:]).swapaxes(1, 2).reshape(B, K, A, -1)
+                      for x in read(page_B))
     behind_BQA = pos_BQ[:, :, None] - (l * A + jnp.arange(A))[None, None]
     visible_BQA = behind_BQA >= 0 if window is None else (behind_BQA >= 0) & (behind_BQA < window)
     logits_BKQA = jnp.einsum("BKQH,BKAH->BKQA", q_BKQH, k_BKAH, preferred_element_type=jnp.float32)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+from infer.beam import BeamSearch
 from infer.engine import Engine, Request
 from infer.grammar import GrammarCompiler
 from infer.sampling import Sampling
@@ -37,8 +38,9 @@ def make_real(slots: int = 8, max_length: int = 400, **settings):
   engine = Engine(cfg, params, mesh, stop_ids=(END,), slots=slots, max_length=max_length,
                   **{"page_size": 4, "prefill_chunk": 32, "row_buckets": (slots,)} | settings)
   engine.warm_up()
-  make = lambda prompt, settings, grammar, user: Request(
-    prompt=prompt, sampling=Sampling(**settings), grammar=grammar, user=user)
+  make = lambda prompt, settings, grammar, user, beams=None: Request(
+    prompt=prompt, sampling=Sampling(**settings), grammar=grammar, user=user,
+    beams=beams and BeamSearch(**beams))
   return engine, make_served(max_length=max_length, make_request=make, tools=None, force_call=None,
                              grammars=GrammarCompiler(tokenizer, cfg.padded_vocab_size, (END,)))
 

@@ -105,8 +105,10 @@ def paged_inputs(n=4, k=2, h=16, *, page=4):
   return rng.normal(size=(9, n, h)).astype(np.float32), jnp.asarray(kv), where, lengths
 
 
+@pytest.mark.parametrize("together", [(1, 4), (2, 2), (8, 8)])
 @pytest.mark.parametrize("window, cap", [(None, None), (4, 2.0)])
-def test_paged_is_plain_attention_to_each_sequence(window, cap):
+def test_paged_is_plain_attention_to_each_sequence(window, cap, together, monkeypatch):
+  monkeypatch.setattr("model.kernels.paged.TOGETHER_ON_CPU", together)  # Pages; each has 3.
   q, kv, where, lengths = paged_inputs()
 
   def run(q, kv, where):

@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.attention import HIDDEN
+from model.kernels.platform import platform
 from model.layers import softcap
 
-TOGETHER = 4  # Pages of a chunk's sequence that are one block of its attention.
+# How many pages are one block of attention: for a sequence's one token, and for a chunk. They are copied
+# beside each other. On a CPU that costs more than it saves where it serves one token; a GPU needs half the
+# time for a step, most of which is the launching of kernels.
+TOGETHER, TOGETHER_ON_CPU = (8, 8), (1, 4)
 
 
 @jax.tree_util.register_dataclass
@@ -52,12 +56,13 @@ def paged(q_TNH, read, where: Where, *, window, scale, cap):
   """
   R, T = where.n_rows, q_TNH.shape[0]
   attend = functools.partial(by_pages, read=read, window=window, scale=scale, cap=cap)
-  out = []
+  out, (of_rows, of_chunk) = [], TOGETHER_ON_CPU if platform() == "cpu" else TOGETHER
   if R:
-    out.append(attend(q_TNH[:R, None], page_BL=where.page_ML[:R], pos_BT=where.pos_T[:R, None])[:, 0])
+    out.append(attend(q_TNH[:R, None], page_BL=where.page_ML[:R], pos_BT=where.pos_T[:R, None],
+                      together=of_rows)[:, 0])
   if T > R:
     pos_1T = jnp.where(jnp.arange(T - R) < where.n_chunk, where.pos_T[R:], 0)[None]
-    out.append(attend(q_TNH[None, R:], page_BL=where.page_ML[R:], pos_BT=pos_1T, together=TOGETHER)[0])
+    out.append(attend(q_TNH[None, R:], page_BL=where.page_ML[R:], pos_BT=pos_1T, together=of_chunk)[0])
   return jnp.concatenate(out)
 
 
@@ -79,7 +84,7 @@ def paged_on_tpu(q_TNH, kv_PAKH, where: Where, *, window, scale, cap):
       num_queries_per_block=min(q_TNH.shape[0], 32))
 
 
-def by_pages(q_BTNH, page_BL, pos_BT, *, read, window, scale, cap, together=1):
+def by_pages(q_BTNH, page_BL, pos_BT, *, read, window, scale, cap, together):
   """`paged`, of sequences with T queries each; so many pages at a time."""
   (B, L), n = page_BL.shape, min(together, page_BL.shape[1])
   page_Bln = jnp.pad(page_BL, ((0, 0), (0, -L % n))).reshape(B, -1, n)

@@ -93,8 +93,8 @@ def theirs(folders, offline):
 
 def run_theirs(folders, window):
   """Samples of lm-eval's own Hugging Face backend."""
-  pytest.importorskip("torch")
-  pytest.importorskip("transformers")
+  for needed in ("torch", "transformers", "accelerate"):
+    pytest.importorskip(needed, reason=f"lm-eval's own Hugging Face backend: pip install {needed}")
   from lm_eval import simple_evaluate
   from lm_eval.models.huggingface import HFLM
 
@@ -184,8 +184,9 @@ def test_the_same_on_smollm2(tmp_path, offline):
   texts = [{"text": span(50)[1]} for _ in range(4)]
   writes = [{"context": span(20)[1], "answer": ""} for _ in range(8)]
   folders = run, tmp_path / "exported", write_yamls(tmp_path, items, texts, writes)
+  theirs = run_theirs(folders, 256)
   ours = run_ours(folders, 8, window=256)
-  assert check_same(ours, run_theirs(folders, 256)) < 1e-3
+  assert check_same(ours, theirs) < 1e-3
   assert ours["results"]["choose"]["acc,none"] > 0.8
 
 

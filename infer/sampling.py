@@ -17,7 +17,7 @@ MOST_TOP = 20  # Log-probabilities of other tokens that a request may ask for.
 MOST_BIAS = 300  # Ids that a request may favour or forbid.
 MOST_STOP_IDS = 4  # Of a request; as many again are the engine's.
 NEVER = -1e20  # Below it is what cannot be drawn: padding of the vocabulary is at -1e30, whatever scales it.
-BLOCK = 256  # Tokens whose masses are summed before one of them is drawn.
+BLOCK = 256  # Tokens that race as one before one of them is drawn.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,8 +169,8 @@ def sample(logits_BV, counts_BV, mask_BW, pos_B, settings: Settings, *, n_top: i
     scores_BV = scores_BV / jnp.where(greedy, 1, settings.temperature_B)[:, None]
     filters = (settings.top_k_B < scores_BV.shape[1]) | (settings.top_p_B < 1) | (settings.min_p_B > 0)
     scores_BV = _where_asked(filters, lambda x: filter_logits(x, settings), scores_BV)
-    uniform = lambda seed, pos: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), pos))
-    drawn_B = draw_from(scores_BV, jax.vmap(uniform)(settings.seed_B, pos_B))
+    make_key = lambda seed, pos: jax.random.fold_in(jax.random.key(seed), pos)
+    drawn_B = draw_from(scores_BV, jax.vmap(make_key)(settings.seed_B, pos_B))
     return jnp.where(greedy, greedy_B, drawn_B)
 
   token_B = jax.lax.cond(jnp.all(greedy), lambda _: greedy_B, draw, scores_BV)
@@ -317,27 +317,24 @@ def _largest(holds, shape):
   return jax.lax.fori_loop(0, 32, bit, jnp.full(shape, -2**31, jnp.int32))
 
 
-def draw_from(scores_BV, uniform_B):
-  """The token at which the running sum of the softmax passes uniform_B in [0, 1); never one of mass 0.
+def draw_from(scores_BV, key_B):
+  """A token of the softmax, never one of mass 0: the first in a race, where it takes a time E / mass and E is
+  exponential (the Gumbel-max trick).
 
-  The sums of C blocks of b tokens first, then those within one: a random number for each token, as a running
-  sum over all of them, takes several times as long on a CPU.
+  Blocks of b tokens race first, then those of one: a random number for each of 50,000 tokens takes a CPU too
+  long. Logits that differ by rounding draw the same but once in a million times, however flat they are. Where
+  one random number falls in a running sum of them depends on rounding in one of a hundred.
   """
   B, V = scores_BV.shape
   mass_BV = jnp.exp(scores_BV - scores_BV.max(axis=1, keepdims=True))
   mass_BCb = jnp.pad(mass_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-  block_BC = mass_BCb.sum(axis=2)
-  block_B, rest_B = _pass(block_BC, uniform_B * block_BC.sum(axis=1))
-  place_B, _ = _pass(jnp.take_along_axis(mass_BCb, block_B[:, None, None], axis=1)[:, 0], rest_B)
-  return block_B * BLOCK + place_B
+  C = mass_BCb.shape[1]
+  draw = lambda key: jnp.maximum(jax.random.exponential(key, (C + BLOCK,)), 2.0**-24)  # It may be 0.
+  exponential_Bn = jax.vmap(draw)(key_B)
 
+  def first(mass_BN, e_BN):
+    return jnp.argmax(jnp.where(mass_BN > 0, mass_BN / e_BN, -1), axis=1).astype(jnp.int32)
 
-def _pass(mass_BN, target_B):
-  """The first of the masses above 0 whose running sum is above the target, and what the target has left."""
-  sum_BN = jnp.cumsum(mass_BN, axis=1)
-  at_BN = jnp.arange(mass_BN.shape[1], dtype=jnp.int32)[None]
-  last_B = jnp.max(jnp.where(mass_BN > 0, at_BN, 0), axis=1)  # Where rounding leaves none above the target.
-  past_BN = (sum_BN > target_B[:, None]) & (mass_BN > 0)
-  index_B = jnp.minimum(jnp.min(jnp.where(past_BN, at_BN, mass_BN.shape[1]), axis=1), last_B)
-  before_B = jnp.max(jnp.where(at_BN < index_B[:, None], sum_BN, 0), axis=1)
-  return index_B, target_B - before_B
+  block_B = first(mass_BCb.sum(axis=2), exponential_Bn[:, :C])
+  mass_Bb = jnp.take_along_axis(mass_BCb, block_B[:, None, None], axis=1)[:, 0]
+  return block_B * BLOCK + first(mass_Bb, exponential_Bn[:, C:])

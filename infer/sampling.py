@@ -322,8 +322,8 @@ def draw_from(scores_BV, key_B):
   exponential (the Gumbel-max trick).
 
   Blocks of b tokens race first, then those of one: a random number for each of 50,000 tokens takes a CPU too
-  long. Logits that differ by rounding draw the same but once in a million times, however flat they are. Where
-  one random number falls in a running sum of them depends on rounding in one of a hundred.
+  long. Logits that differ by rounding draw the same, however flat they are; where a random number falls in a
+  running sum of flat ones, rounding decides once in a thousand times.
   """
   B, V = scores_BV.shape
   mass_BV = jnp.exp(scores_BV - scores_BV.max(axis=1, keepdims=True))

@@ -91,7 +91,8 @@ class Engine:
       slots: most requests that run together; a multiple of the ways of the batch.
       n_pages: of all pools together; None: as many as `slots` requests of max_length need.
       max_length: most tokens of a prompt and its text; None: the model's, or 2048.
-      prefill_chunk: most tokens of a prompt that are fed in a step.
+      prefill_chunk: most tokens of a prompt that are fed in a step; fewer while others make tokens, as these
+        wait for it.
       row_buckets: for how many requests that make a token, of one way, there are programs; None: 1, 4,
         16, ... and as many as there are slots.
       cache_dtype: "int8", or the compute dtype.

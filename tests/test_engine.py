@@ -145,12 +145,16 @@ def texts_of(*lengths, seed=0):
 LENGTHS = ((150, 145), (60, 33), (21, 1), (16, 15), (40, 16))  # Past many pages, chunks and a block of keys.
 
 
-@pytest.mark.parametrize("case", ["mixed windows", "mla", "moe", pytest.param("gqa", marks=pytest.mark.slow)])
-def test_every_token_is_the_forward_pass(case):
-  """Prefill in chunks and decode, in pages, five requests together."""
-  texts = texts_of(*LENGTHS)
-  for (tokens, _), got in zip(texts, forced_logprobs(make_engine(case), texts)):
+@pytest.mark.parametrize("case, settings", [
+  ("mixed windows", {}), ("mla", {}), ("moe", {"prefill_chunk": 64}),
+  pytest.param("gqa", {}, marks=pytest.mark.slow)])
+def test_every_token_is_the_forward_pass(case, settings):
+  """Prefill in chunks and decode, in pages, five requests together. A chunk of 64 tokens is read alone."""
+  engine, texts = make_engine(case, **settings), texts_of(*LENGTHS)
+  for (tokens, _), got in zip(texts, forced_logprobs(engine, texts)):
     np.testing.assert_allclose(got, forward_logprobs(case, tokens)[:-1], atol=1e-4)
+  if settings:
+    assert set(engine.programs) == {(4, 0), (4, 32), (1, 64)}
 
 
 @pytest.mark.parametrize("case, sizes", [

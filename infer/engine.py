@@ -4,8 +4,8 @@ What a request gets does not depend on what runs beside it, but for rounding: ma
 add in other orders.
 
 The device keeps the pages of all caches, and each slot's last token and what was seen of it: a step needs
-nothing that the step before made, so it is dispatched before that is read. Shapes are few: M sequences that
-make a token each, the last of them of a chunk of C tokens of its prompt. After `warm_up` nothing is compiled.
+nothing that the step before made, so it is dispatched before that is read. Shapes are few: R sequences that
+feed their last token, and a chunk of C tokens of prompts. After `warm_up` nothing is compiled.
 """
 import collections
 import concurrent.futures
@@ -74,7 +74,7 @@ class Engine:
       for event in engine.step(): ...
 
   Attributes:
-    programs: (M, C) -> the compiled step, and "fork"; nothing else is ever compiled.
+    programs: (R, C) -> the compiled step, and "fork"; nothing else is ever compiled.
     counters: prompt_tokens, prefix_hit_tokens, generated_tokens, preemptions, steps, compiles; compile_s, and
       without it prefill_s, of the steps that fed a prompt, and decode_s, of the others, which made
       decode_tokens.
@@ -91,7 +91,7 @@ class Engine:
       slots: most requests that run together; a multiple of the ways of the batch.
       n_pages: of all pools together; None: as many as `slots` requests of max_length need.
       max_length: most tokens of a prompt and its text; None: the model's, or 2048.
-      prefill_chunk: most tokens of a prompt that are fed in a step; fewer while others make tokens, as these
+      prefill_chunk: most tokens of prompts that are fed in a step; fewer while others make tokens, as these
         wait for it.
       row_buckets: for how many requests that make a token, of one way, there are programs; None: 1, 4,
         16, ... and as many as there are slots.
@@ -116,13 +116,15 @@ class Engine:
     self._pages_each = -(-self.max_length // page_size)
     self.n_pages = (self.slots * self._pages_each if n_pages is None else -(-n_pages // self.n_ways)) + 1
     self.row_buckets = row_buckets or _buckets(1, self.slots)
-    self.chunk_sizes = _buckets(min(32, prefill_chunk), prefill_chunk)
-    # Chunk -> sequences: the longest is a program for one alone, which may take its time.
-    self._chunks = dict.fromkeys(self.chunk_sizes, self.row_buckets[-1]) | (
-        {prefill_chunk: 1} if len(self.chunk_sizes) > 1 else {})
-    self.schedulers = [Scheduler(slots=self.slots, n_pages=self.n_pages, page_size=page_size,
-                                 chunks=self.chunk_sizes, keep_prefixes=keep_prefixes and not ring_windows)
-                       for _ in range(self.n_ways)]
+    self.chunk_sizes = _chunk_sizes(prefill_chunk)
+    # Chunk -> rows: the longest is a program for prompts alone, which may take its time.
+    self._chunks = dict.fromkeys(self.chunk_sizes, self.row_buckets[-1] - 1) | (
+        {prefill_chunk: 0} if len(self.chunk_sizes) > 1 else {})
+    self._most_parts = min(MOST_PARTS, self.slots)
+    self.schedulers = [Scheduler(
+      slots=self.slots, n_pages=self.n_pages, page_size=page_size, chunks=self.chunk_sizes,
+      most_parts=self._most_parts, most_pages=self._pages_each,
+      keep_prefixes=keep_prefixes and not ring_windows) for _ in range(self.n_ways)]
     self.programs, self._there, self._counters = {}, {}, collections.Counter()
     self._requests, self._next_id = {}, 0  # id -> _Running.
     self._unread = collections.deque()  # (plans, what the device made of them).
@@ -242,7 +244,7 @@ class Engine:
   def warm_up(self) -> None:
     """Compiles every program and runs it once on nothing, while the next are traced and compiled."""
     began, state = time.perf_counter(), jax.tree.map(_like, self._state)
-    shapes = [(R, 0) for R in self.row_buckets] + [(M, C) for C, M in self._chunks.items()]
+    shapes = [(R, 0) for R in self.row_buckets] + [(R, C) for C, R in self._chunks.items()]
     new = [shape for shape in reversed(shapes) if shape not in self.programs]
     with (concurrent.futures.ThreadPoolExecutor(2) as compilers,
           concurrent.futures.ThreadPoolExecutor(1) as runner):
@@ -283,13 +285,13 @@ class Engine:
     return events
 
   def _dispatch(self, plans):
-    C = max((len(p.chunk.tokens) for p in plans if p and p.chunk), default=0)
+    C = max(p.n_chunk for p in plans if p)
     C = next(c for c in (0, *self.chunk_sizes) if c >= C)
     R = max(len(p.rows) for p in plans if p)
-    M = self._chunks[C] if C else next(r for r in self.row_buckets if r >= R)
+    R = self._chunks[C] if C else next(r for r in self.row_buckets if r >= R)
     if any(row.token is not None for p in plans if p for row in p.rows):
       self._fork(plans)
-    made = self._run(self._make_inputs(plans, M, C), M, C)
+    made = self._run(self._make_inputs(plans, R, C), R, C)
     for a in jax.tree.leaves(made):
       a.copy_to_host_async()
     self._unread.append((plans, made))
@@ -297,43 +299,57 @@ class Engine:
 
   # From plans to arrays, and back to events.
 
-  def _make_inputs(self, plans, M, C) -> Inputs:
-    W, V = self.n_ways, self.cfg.padded_vocab_size
-    inputs = empty_inputs(W, M, C, self._pages_each, self.slots, V)
+  def _make_inputs(self, plans, R, C) -> Inputs:
+    W, M = self.n_ways, max(R + 1, self._most_parts) if C else R
+    inputs = empty_inputs(W, R, C, M, G=self._most_parts, L=self._pages_each, S=self.slots,
+                          V=self.cfg.padded_vocab_size)
     samplings, starts = [_OFF] * (W * M), [0] * (W * M)
     for w, plan in enumerate(plans):
       if plan is None:
         continue
-      if plan.chunk is not None:
-        self._fill_chunk(inputs.chunk, w, plan.chunk)
-      for m, part in [*enumerate(plan.rows), *([(M - 1, plan.chunk)] if plan.chunk else [])]:
-        inputs.slot_WM[w, m], inputs.page_WML[w, m, :len(part.pages)] = part.slot, part.pages
-        if part is not plan.chunk:
-          inputs.pos_WR[w, m] = part.position
-        makes = inputs.makes_WM[w, m] = part is not plan.chunk or part.makes_token
+      for r, row in enumerate(plan.rows):
+        inputs.slot_WR[w, r], inputs.pos_WR[w, r] = row.slot, row.position
+        inputs.page_WRL[w, r, :len(row.pages)] = row.pages
+      lasts = [*range(len(plan.rows))]
+      if plan.chunk:
+        lasts += [R + at - 1 for at in self._fill_chunk(inputs.chunk, w, plan.chunk)]
+      for m, (part, last) in enumerate(zip([*plan.rows, *plan.chunk], lasts)):
+        if not part.makes_token:
+          continue
         running = self._requests[part.sequence.id]
+        inputs.slot_WM[w, m], inputs.last_WM[w, m] = part.slot, last
         samplings[w * M + m], starts[w * M + m] = running.sampling, len(running.request.prompt)
         if running.request.beams is not None:
           samplings[w * M + m] = _BEAM
-        if running.request.grammar is not None and makes:
+        if running.request.grammar is not None:
           words = running.request.grammar.mask()
           inputs.mask_WMw[w, m] = 0
           inputs.mask_WMw[w, m, :len(words)] = words
     return dataclasses.replace(inputs, settings=stack_inputs(samplings, starts, self.stop_ids, W))
 
-  def _fill_chunk(self, inputs, w, chunk):
-    s, n = chunk.sequence, len(chunk.tokens)
-    running = self._requests[s.id]
-    inputs.token_WC[w, :n], inputs.start_W[w], inputs.n_W[w] = chunk.tokens, chunk.start, n
-    after = s.tokens[chunk.start + 1:chunk.start + 1 + n]
-    inputs.next_WC[w, :len(after)] = after
-    inputs.is_first_W[w] = chunk.is_first
-    if running.sampling.prompt_logprobs is not None and chunk.start + n >= running.request.score_from:
-      inputs.n_top_W[w] = running.sampling.prompt_logprobs
-    if chunk.is_first:
-      prompt, made = s.tokens[:len(running.request.prompt)], s.tokens[len(running.request.prompt):]
-      np.add.at(inputs.counts_WV[w], made, 2)
-      inputs.counts_WV[w, prompt] |= 1
+  def _fill_chunk(self, inputs, w, parts):
+    """Where each part ends."""
+    at, first, ends = 0, 0, []
+    for g, part in enumerate(parts):
+      s, end = part.sequence, part.start + len(part.tokens)
+      running, here = self._requests[s.id], slice(at, at + len(part.tokens))
+      inputs.token_WC[w, here], inputs.part_WC[w, here] = part.tokens, g
+      inputs.pos_WC[w, here] = np.arange(part.start, end)
+      after = s.tokens[part.start + 1:end + 1]
+      inputs.next_WC[w, at:at + len(after)] = after
+      if running.sampling.prompt_logprobs is not None and end >= running.request.score_from:
+        inputs.n_top_WC[w, here] = running.sampling.prompt_logprobs
+      pages = part.pages[:-(-end // self.page_size)]
+      inputs.page_WL[w, first:first + len(pages)] = pages
+      inputs.first_WG[w, g], inputs.slot_WG[w, g], inputs.is_first_WG[w, g] = first, part.slot, part.is_first
+      if part.is_first:
+        prompt, made = s.tokens[:len(running.request.prompt)], s.tokens[len(running.request.prompt):]
+        np.add.at(inputs.counts_WGV[w, g], made, 2)
+        inputs.counts_WGV[w, g, prompt] |= 1
+      at, first = here.stop, first + len(pages)
+      ends.append(at)
+    inputs.n_W[w] = at
+    return ends
 
   def _fork(self, plans):
     """The texts of searches go on with the tokens that were chosen, in pages of their own."""
@@ -347,13 +363,13 @@ class Engine:
     arrays = self._put([slot_WN, token_WN, from_WN, to_WN])
     self._state = self._compiled("fork", fork, 0, self._state, *arrays)
 
-  def _run(self, inputs, M, C):
-    self._state, made = self._compiled((M, C), *self._step_of(inputs, M, C))
+  def _run(self, inputs, R, C):
+    self._state, made = self._compiled((R, C), *self._step_of(inputs, R, C))
     return made
 
-  def _step_of(self, inputs, M, C):
+  def _step_of(self, inputs, R, C):
     """(function, the argument that is donated, arguments)."""
-    return (functools.partial(run_step, self._graphdef), 2, self._weights, self._put_changed(inputs, M, C),
+    return (functools.partial(run_step, self._graphdef), 2, self._weights, self._put_changed(inputs, R, C),
             self._state)
 
   def _compiled(self, key, function, donated, *args):
@@ -369,15 +385,15 @@ class Engine:
     with jax.set_mesh(self.mesh):
       return jax.jit(function, donate_argnums=donated).lower(*args)
 
-  def _put_changed(self, inputs, M, C):
+  def _put_changed(self, inputs, R, C):
     """On the devices; what is as in the last step of this shape is there already."""
     new, tree = jax.tree.flatten(inputs)
-    old, there = self._there.get((M, C)) or ([None] * len(new), [None] * len(new))
+    old, there = self._there.get((R, C)) or ([None] * len(new), [None] * len(new))
     changed = [i for i, (a, b) in enumerate(zip(new, old)) if b is None or not np.array_equal(a, b)]
     there = list(there)
     for i, a in zip(changed, self._put([new[i] for i in changed])):
       there[i] = a
-    self._there[M, C] = new, there
+    self._there[R, C] = new, there
     return tree.unflatten(there)
 
   def _put(self, arrays):
@@ -390,16 +406,18 @@ class Engine:
     for w, plan in enumerate(plans):
       if plan is None:
         continue
-      if plan.chunk is not None:
-        events += self._read_scores(plan.chunk, *(a[w] for a in made.scored_WC))
-      for m, part in [*enumerate(plan.rows), *([(-1, plan.chunk)] if plan.chunk else [])]:
+      at = 0
+      for part in plan.chunk:
+        here, at = slice(at, at + len(part.tokens)), at + len(part.tokens)
+        events += self._read_scores(part, *(a[w, here] for a in made.scored_WC))
+      for m, part in enumerate([*plan.rows, *plan.chunk]):
         id, drawn = part.sequence.id, [a[w, m] for a in made.drawn_WM]
-        if not (m >= 0 or part.makes_token) or id not in self._requests:
+        if not part.makes_token or id not in self._requests:
           continue  # It had ended.
         if (beams := self._requests[id].request.beams) is None:
           events += self._read_token(id, *drawn)
           continue
-        if m < 0:
+        if m >= len(plan.rows):
           self._requests[id].search = Search(beams, self._requests[id].sampling, self.stop_ids)
         tops[id].append([each for each in _pairs(*drawn[2:]) if each[0] < self.cfg.vocab_size])
     for id, top in tops.items():
@@ -435,19 +453,19 @@ class Engine:
     n = running.sampling.logprobs or 0
     return [Token(id, token, float(logprob), _pairs(top_id_n[:n], top_logprob_n[:n]), finish)]
 
-  def _read_scores(self, chunk, logprob_C, top_id_Cn, top_logprob_Cn):
-    id = chunk.sequence.id
+  def _read_scores(self, part, logprob_C, top_id_Cn, top_logprob_Cn):
+    id = part.sequence.id
     running = self._requests.get(id)
     if running is None or running.sampling.prompt_logprobs is None:
       return []
     n_prompt, n = len(running.request.prompt), running.sampling.prompt_logprobs
-    first, last = max(chunk.start, running.n_scored), min(chunk.start + len(chunk.tokens), n_prompt - 1)
-    ends = chunk.start + len(chunk.tokens) == n_prompt and not running.sampling.max_tokens
+    first, last = max(part.start, running.n_scored), min(part.start + len(part.tokens), n_prompt - 1)
+    ends = part.start + len(part.tokens) == n_prompt and not running.sampling.max_tokens
     if ends:
       self.cancel(id)
     elif last <= first:
       return []  # Nothing yet; or it had lost its pages, and is read again.
-    new = slice(first - chunk.start, max(last, first) - chunk.start)
+    new = slice(first - part.start, max(last, first) - part.start)
     running.n_scored = max(last, first)
     top = [_pairs(ids[:n], logprobs[:n]) for ids, logprobs in zip(top_id_Cn[new], top_logprob_Cn[new])]
     return [Scored(id, first + 1, logprob_C[new].tolist(), top, "length" if ends else None)]
@@ -466,6 +484,7 @@ class _Running:
     return self.request.sampling
 
 
+MOST_PARTS = 4  # Prompts of a chunk.
 _OFF, _BEAM = Sampling(temperature=0.0), Sampling(temperature=0.0, logprobs=MOST_TOP)
 
 
@@ -475,6 +494,12 @@ def _like(a):
 
 def _pairs(ids, logprobs):
   return tuple(zip(ids.tolist(), logprobs.tolist()))
+
+
+def _chunk_sizes(most: int) -> tuple[int, ...]:
+  """The shortest, a quarter of the longest, and that."""
+  least = min(SCORED_TOGETHER, most)
+  return tuple(sorted({least, max(most // 4 // least * least, least), most}))
 
 
 def _buckets(least: int, most: int) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """Which request gets which slot, which pages and which turn. Plain Python: no array and no device.
 
-A step of the engine feeds the last token of every running request, and beside them one chunk of one prompt
-(chunked prefill, arXiv:2308.16369). Keys and values lie in pages of A tokens (arXiv:2309.06180); page 0 takes
-what nobody reads. Full pages are kept by the hash of all tokens up to their end, for the next request that
-begins with the same.
+A step of the engine feeds the last token of every running request, and beside them a chunk: tokens of a few
+prompts (chunked prefill, arXiv:2308.16369). Keys and values lie in pages of A tokens (arXiv:2309.06180); page
+0 takes what nobody reads. Full pages are kept by the hash of all tokens up to their end, for the next request
+that begins with the same.
 """
 import array
 import collections
@@ -122,11 +122,12 @@ class Row:
   pages: list[int]
   token: int | None = None  # The last one, where it is not what was made in this slot.
   copied: int | None = None  # The page that the position is in first becomes a copy of this one.
+  makes_token = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
-  """Tokens of a prompt are fed from position `start`; after the last of them a token is made."""
+class Part:
+  """Of a chunk: tokens of a prompt are fed from position `start`; after the last of them a token is made."""
   sequence: Sequence
   slot: int
   start: int
@@ -139,7 +140,12 @@ class Chunk:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
   rows: list[Row]
-  chunk: Chunk | None
+  chunk: list[Part]
+
+  @property
+  def n_chunk(self) -> int:
+    """Tokens."""
+    return sum(len(part.tokens) for part in self.chunk)
 
 
 class Scheduler:
@@ -150,12 +156,15 @@ class Scheduler:
 
   Attributes:
     chunks: sizes, the shortest first.
+    most_parts, most_pages: of a chunk.
     counters: prompt_tokens, prefix_hit_tokens, preemptions: sums since the start.
   """
 
   def __init__(self, *, slots: int, n_pages: int, page_size: int, chunks: tuple[int, ...],
-               keep_prefixes: bool = True):
+               most_parts: int, most_pages: int, keep_prefixes: bool = True):
+    """most_pages: of all parts together, but for the first, which has what it needs."""
     self.pages, self.page_size, self.chunks = Pages(n_pages), page_size, chunks
+    self.most_parts, self.most_pages = most_parts, most_pages
     self.counters = collections.Counter()
     self._keep_prefixes = keep_prefixes
     self._free_slots = list(range(slots - 1, -1, -1))
@@ -252,7 +261,7 @@ class Scheduler:
             if self._can_make(s) and (copied := self._grow(s)) is not None]
     chunk = self._plan_chunk(self.chunks if alone else self.chunks[:-1] or self.chunks)
     rows = [row for s, copied in rows for row in self._feed(s, copied)]
-    return Plan(rows, chunk) if rows or chunk is not None else None
+    return Plan(rows, chunk) if rows or chunk else None
 
   def _can_make(self, s):
     """Its own turn; not of one that lost its slot in this plan to a request before it."""
@@ -266,17 +275,37 @@ class Scheduler:
     return rows
 
   def _plan_chunk(self, sizes):
-    s = next((s for s in self._running.values() if s.n_fed < s.n_read), None) or self._admit()
-    if s is None:
-      return None
-    start, n = s.n_fed, s.n_read - s.n_fed
+    wanted = self._want_parts(sizes[-1])
+    n = sum(n for _, n in wanted)
     # A step's time is that of its tokens: no more than a quarter of a chunk is padding, but of the shortest.
-    s.n_fed += min(n, max((size for size in sizes if 3 * size <= 4 * n), default=sizes[0]))
+    room, chunk = max((size for size in sizes if 3 * size <= 4 * n), default=sizes[0]), []
+    for s, n in wanted:
+      if (n := min(n, room)) > 0:
+        chunk.append(self._feed_part(s, n))
+        room -= n
+    return chunk
+
+  def _want_parts(self, most):
+    """(sequence, tokens of its prompt) of those that come next, `most` tokens together."""
+    wanted, n_pages = [], 0
+    begun = iter([s for s in self._running.values() if s.n_fed < s.n_read])
+    while most and len(wanted) < self.most_parts and (s := next(begun, None) or self._admit()) is not None:
+      n = min(most, s.n_read - s.n_fed)
+      n_pages += self._n_pages(s.n_fed + n)
+      if wanted and n_pages > self.most_pages:
+        break
+      wanted.append((s, n))
+      most -= n
+    return wanted
+
+  def _feed_part(self, s, n):
+    start = s.n_fed
+    s.n_fed += n
     makes = s.n_fed == s.n_read and s.n_made < s.max_tokens
     if makes:
       s.n_made, s.n_unknown = s.n_made + 1, s.n_unknown + 1
     self._keep_full_pages(s)
-    return Chunk(s, s.slots[0], start, s.tokens[start:s.n_fed], s.tables[0], start == s.n_found, makes)
+    return Part(s, s.slots[0], start, s.tokens[start:s.n_fed], s.tables[0], start == s.n_found, makes)
 
   def _admit(self):
     """The next request gets a slot, and pages for all its tokens; None: there is none, or no room."""

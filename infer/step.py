@@ -1,8 +1,8 @@
 """One step of the engine, as it runs on the device: tokens are fed, and tokens are made.
 
-Shapes: W ways of the batch, each with its own requests and pages; R rows that make a token each, and C
-tokens of one prompt (a chunk, or none): M = R or R + 1 sequences, T = R + C tokens; S slots, and one more for
-nobody.
+Shapes: W ways of the batch, each with its own requests and pages; R rows, which feed the last token of a
+request each, and a chunk of C tokens of up to G prompts, or none: T = R + C tokens, after M of which one is
+made; S slots, and one more for nobody; L pages a sequence may have.
 """
 import dataclasses
 import functools
@@ -33,21 +33,26 @@ class State:
 class ChunkInputs:
   token_WC: jax.Array
   next_WC: jax.Array  # The token of the prompt after each.
-  start_W: jax.Array
+  pos_WC: jax.Array
+  part_WC: jax.Array  # Of which prompt each is.
   n_W: jax.Array  # Tokens that are no padding.
-  is_first_W: jax.Array  # Since the request has its slot.
-  counts_WV: jax.Array  # What the slot then begins with.
-  n_top_W: jax.Array  # How many log-probabilities of the prompt are wanted beside its own; -1: none at all.
+  n_top_WC: jax.Array  # How many log-probabilities are wanted beside the next token's; -1: none at all.
+  page_WL: jax.Array  # As model.kernels.paged.Where has them.
+  first_WG: jax.Array
+  slot_WG: jax.Array
+  is_first_WG: jax.Array  # Since the request has its slot.
+  counts_WGV: jax.Array  # What the slot then begins with.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
   """What a step does."""
-  slot_WM: jax.Array
+  slot_WR: jax.Array
   pos_WR: jax.Array  # Where the rows' last tokens stand, which are fed.
-  page_WML: jax.Array
-  makes_WM: jax.Array
+  page_WRL: jax.Array
+  last_WM: jax.Array  # After which of the T tokens one is made,
+  slot_WM: jax.Array  # and for whom.
   settings: Settings  # Each [W, M, ...].
   mask_WMw: jax.Array  # As infer.sampling.sample has it.
   chunk: ChunkInputs | None
@@ -65,14 +70,16 @@ def stack_inputs(samplings, starts, stop_ids, W) -> Settings:
   return jax.tree.map(lambda a: a.reshape(W, -1, *a.shape[1:]), stack_settings(samplings, starts, stop_ids))
 
 
-def empty_inputs(W, M, C, L, S, V) -> Inputs:
-  """NumPy arrays of a step for nobody, to be filled in, settings too; L pages a sequence may have."""
-  R, zeros = M - bool(C), lambda *shape: np.zeros(shape, np.int32)
-  chunk = ChunkInputs(token_WC=zeros(W, C), next_WC=zeros(W, C), start_W=zeros(W), n_W=zeros(W),
-                      is_first_W=np.zeros(W, bool), counts_WV=zeros(W, V), n_top_W=zeros(W) - 1)
-  return Inputs(slot_WM=zeros(W, M) + S, pos_WR=zeros(W, R), page_WML=zeros(W, M, L),
-                makes_WM=np.zeros((W, M), bool), settings=None,
-                mask_WMw=np.full((W, M, -(-V // 32)), 0xffffffff, np.uint32), chunk=chunk if C else None)
+def empty_inputs(W, R, C, M, *, G, L, S, V) -> Inputs:
+  """NumPy arrays of a step for nobody, to be filled in, settings too."""
+  zeros = lambda *shape: np.zeros(shape, np.int32)
+  chunk = None if not C else ChunkInputs(
+    token_WC=zeros(W, C), next_WC=zeros(W, C), pos_WC=zeros(W, C), part_WC=zeros(W, C), n_W=zeros(W),
+    n_top_WC=zeros(W, C) - 1, page_WL=zeros(W, L), first_WG=zeros(W, G) + L, slot_WG=zeros(W, G) + S,
+    is_first_WG=np.zeros((W, G), bool), counts_WGV=zeros(W, G, V))
+  return Inputs(slot_WR=zeros(W, R) + S, pos_WR=zeros(W, R), page_WRL=zeros(W, R, L), last_WM=zeros(W, M),
+                slot_WM=zeros(W, M) + S, settings=None,
+                mask_WMw=np.full((W, M, -(-V // 32)), 0xffffffff, np.uint32), chunk=chunk)
 
 
 def empty_state(cfg, W, S, n_pages, page_size, cache_dtype, ring_chunk=None) -> State:
@@ -88,50 +95,49 @@ def run_step(graphdef, weights, inputs: Inputs, state: State) -> tuple[State, Ma
   params, layers = weights
   model = nnx.merge(graphdef, params)
   chunk, rules = inputs.chunk, model.cfg.rules
-  R = inputs.pos_WR.shape[1]
-  nobody = state.token_WS.shape[1] - 1
-
-  row_WR = inputs.slot_WM[:, :R]
-  token_WT, pos_WT = _each_way(rules, _pick)(state.token_WS, row_WR), inputs.pos_WR
-  is_token_WT = row_WR != nobody
-  page_WML, n_W, counts_WSV = inputs.page_WML, jnp.zeros_like(inputs.slot_WM[:, 0]), state.counts_WSV
-  slot_WM = inputs.slot_WM
-  if chunk is None:
-    page_WML = jnp.pad(page_WML, ((0, 0), (0, 1), (0, 0)))
-    slot_WM = jnp.pad(slot_WM, ((0, 0), (0, 1)), constant_values=nobody)
-  else:
-    n_W = chunk.n_W
-    place_1C = jnp.arange(chunk.token_WC.shape[1], dtype=jnp.int32)[None]
+  R, nobody = inputs.slot_WR.shape[1], state.token_WS.shape[1] - 1
+  token_WT, pos_WT = _each_way(rules, _pick)(state.token_WS, inputs.slot_WR), inputs.pos_WR
+  is_token_WT, counts_WSV = inputs.slot_WR != nobody, state.counts_WSV
+  if chunk is not None:
     token_WT = jnp.concatenate([token_WT, chunk.token_WC], axis=1)
-    pos_WT = jnp.concatenate([pos_WT, chunk.start_W[:, None] + place_1C], axis=1)
-    is_token_WT = jnp.concatenate([is_token_WT, place_1C < n_W[:, None]], axis=1)
-    counts_WSV = _each_way(rules, _begin)(
-        counts_WSV, inputs.slot_WM[:, -1], chunk.is_first_W, chunk.counts_WV)
+    pos_WT = jnp.concatenate([pos_WT, chunk.pos_WC], axis=1)
+    is_there_WC = jnp.arange(chunk.token_WC.shape[1])[None] < chunk.n_W[:, None]
+    is_token_WT = jnp.concatenate([is_token_WT, is_there_WC], axis=1)
+    counts_WSV = _each_way(rules, _begin)(counts_WSV, chunk.slot_WG, chunk.is_first_WG, chunk.counts_WGV)
 
-  pages = {n: page_WML if n is None else _ring_pages(slot_WM, nobody, n, page_WML.shape[2])
-           for n in {cache.n_ring for cache in state.caches}}
-  caches = tuple(dataclasses.replace(cache, where=Where(pos_WT, pages[cache.n_ring], n_W))
-                 for cache in state.caches)
+  where = {n: _find(rules, inputs, pos_WT, nobody, n) for n in {cache.n_ring for cache in state.caches}}
+  caches = tuple(dataclasses.replace(cache, where=where[cache.n_ring]) for cache in state.caches)
   x_WTD, caches = model.extend(token_WT, pos_WT, is_token_WT.astype(jnp.int32), caches, layers)
   caches = tuple(dataclasses.replace(cache, where=None) for cache in caches)
 
-  last_WM = jnp.zeros_like(inputs.slot_WM) + jnp.arange(inputs.slot_WM.shape[1])[None]
-  scored_WC = ()
-  if chunk is not None:  # Its token is made of its last one.
-    last_WM = jnp.where(last_WM == R, R + jnp.maximum(n_W, 1)[:, None] - 1, last_WM)
-    scored_WC = _score(model, x_WTD[:, R:], chunk)
-  logits_WMV = _logits(model, _each_way(rules, _pick)(x_WTD, last_WM))
-  next_WM = _each_way(rules, _pick)(pos_WT, last_WM) + 1
-  token_WS, counts_WSV, drawn_WM = _draw_all(
-      rules, logits_WMV, state.token_WS, counts_WSV, inputs.slot_WM, inputs.makes_WM, next_WM,
-      inputs.mask_WMw, inputs.settings)
+  scored_WC = () if chunk is None else _score(model, x_WTD[:, R:], chunk)
+  logits_WMV = _logits(model, _each_way(rules, _pick)(x_WTD, inputs.last_WM))
+  next_WM = _each_way(rules, _pick)(pos_WT, inputs.last_WM) + 1
+  token_WS, counts_WSV, drawn_WM = _draw_all(rules, logits_WMV, state.token_WS, counts_WSV, inputs.slot_WM,
+                                             next_WM, inputs.mask_WMw, inputs.settings)
   return State(caches, token_WS, counts_WSV), Made(drawn_WM, scored_WC)
 
 
-def _ring_pages(slot_WM, nobody, n, L):
-  """[W, M, L]: a slot's own n pages, again and again."""
-  page_WML = 1 + n * slot_WM[..., None] + (jnp.arange(L, dtype=jnp.int32) % n)[None, None]
-  return jnp.where(slot_WM[..., None] == nobody, 0, page_WML)
+def _find(rules, inputs, pos_WT, nobody, n_ring) -> Where:
+  """n_ring: the caches' own pages of each slot are used again and again, or None: those that are listed."""
+  chunk, page_WRL = inputs.chunk, inputs.page_WRL
+  listed_L = jnp.arange(page_WRL.shape[2], dtype=jnp.int32)
+  if n_ring is not None:
+    page_WRL = _ring_pages(inputs.slot_WR[..., None], listed_L[None, None], nobody, n_ring)
+  if chunk is None:
+    none = jnp.zeros_like(inputs.slot_WR[:, :0])
+    return Where(pos_WT, page_WRL, none, none, none, none.sum(axis=1))
+  page_WL = chunk.page_WL
+  if n_ring is not None:
+    part_WL = jnp.maximum((listed_L[None, :, None] >= chunk.first_WG[:, None]).sum(axis=2) - 1, 0)
+    pick = lambda a_WG: _each_way(rules, _pick)(a_WG, part_WL)
+    page_WL = _ring_pages(pick(chunk.slot_WG), listed_L[None] - pick(chunk.first_WG), nobody, n_ring)
+  return Where(pos_WT, page_WRL, page_WL, chunk.first_WG, chunk.part_WC, chunk.n_W)
+
+
+def _ring_pages(slot, at, nobody, n):
+  """The page of a slot's own n that is its `at`-th."""
+  return jnp.where(slot == nobody, 0, 1 + n * slot + at % n)
 
 
 def fork(state: State, slot_WN, token_WN, from_WN, to_WN) -> State:
@@ -163,8 +169,8 @@ def _pick(a_S, index_M):
   return a_S[index_M]
 
 
-def _begin(counts_SV, slot, is_first, new_V):
-  return counts_SV.at[slot].set(jnp.where(is_first, new_V, counts_SV[slot]))
+def _begin(counts_SV, slot_G, is_first_G, new_GV):
+  return counts_SV.at[slot_G].set(jnp.where(is_first_G[:, None], new_GV, counts_SV[slot_G]))
 
 
 def _logits(model, x_WMD):
@@ -177,10 +183,9 @@ def _draw_all(rules, *args):
   return _each_way(rules, _draw)(*args)
 
 
-def _draw(logits_MV, token_S, counts_SV, slot_M, makes_M, pos_M, mask_Mw, settings):
-  """(token_S, counts_SV, what was drawn). A sequence that is to make none draws for nobody."""
+def _draw(logits_MV, token_S, counts_SV, slot_M, pos_M, mask_Mw, settings):
+  """(token_S, counts_SV, what was drawn)."""
   drawn = sample(logits_MV, counts_SV[slot_M], mask_Mw, pos_M, settings, n_top=MOST_TOP)
-  slot_M = jnp.where(makes_M, slot_M, token_S.shape[0] - 1)
   return (token_S.at[slot_M].set(drawn.token_B), counts_SV.at[slot_M, drawn.token_B].add(2),
           (drawn.token_B, drawn.logprob_B, drawn.top_id_Bn, drawn.top_logprob_Bn))
 
@@ -204,5 +209,5 @@ def _score(model, x_WCD, chunk):
     zeros = lambda dtype, *more: by_way(jnp.zeros((W, C, *more), dtype))
     return zeros(jnp.float32), zeros(jnp.int32, MOST_TOP), zeros(jnp.float32, MOST_TOP)
 
-  n_top_WC = jnp.maximum(chunk.n_top_W, 0)[:, None] + jnp.zeros_like(chunk.token_WC)
-  return jax.lax.cond(jnp.any(chunk.n_top_W >= 0), score, nothing, x_WCD, chunk.next_WC, n_top_WC)
+  args = x_WCD, chunk.next_WC, jnp.maximum(chunk.n_top_WC, 0)
+  return jax.lax.cond(jnp.any(chunk.n_top_WC >= 0), score, nothing, *args)

@@ -55,7 +55,7 @@ class PagedCache:
         return k_B1AH, k_B1AH[..., :latent]
       return own_heads(read_one(0, page_B)), own_heads(read_one(1, page_B))
 
-    out_TNH = paged(q_1TNH[0], read, where, **settings)
+    out_TNH = paged(q_1TNH[0], read, where, page_size=self.kv_WPcKAH.shape[4], **settings)
     scale_WPcKA = None if scale_PcKA is None else scale_PcKA[None]
     return out_TNH[None], dataclasses.replace(self, kv_WPcKAH=kv_PcKAH[None], scale_WPcKA=scale_WPcKA)
 

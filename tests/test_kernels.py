@@ -20,7 +20,7 @@ from model.cache import init_paged_cache
 from model.config import ModelConfig
 from model.kernels.attention import KERNEL, Mask
 from model.kernels.grouped import GROUPED
-from model.kernels.paged import Where, paged
+from model.kernels.paged import Where, by_sequence, paged
 from model.kernels.platform import choose
 from model.sharding import MESH_AXES, abstract_mesh, fit, make_mesh, on_devices, place
 from model.transformer import abstract_params, unstack
@@ -90,44 +90,61 @@ def test_grouped_products_are_a_loop_over_groups(name):
 
 
 def paged_inputs(n=4, k=2, h=16, *, page=4):
-  """Three sequences that feed one token each, one without a request, and a chunk of three tokens and two of
-  padding, in pages of which nothing else is a number."""
+  """Three sequences that feed one token each, one without a request, and a chunk: three tokens of one, one of
+  another and two of padding; in pages of which nothing else is a number."""
   rng = np.random.default_rng(0)
-  kv = np.full((14, page, 2 * k, h), np.nan, np.float32)
-  lengths, pages = [9, 5, 12, 0, 11], np.zeros((5, 3), np.int32)
-  free = iter(1 + rng.permutation(13))
+  kv = np.full((16, page, 2 * k, h), np.nan, np.float32)
+  lengths, pages = [9, 5, 12, 0, 11, 6], np.zeros((6, 5), np.int32)
+  free = iter(1 + rng.permutation(15))
   kv[0] = 1.0
   for row, length in enumerate(lengths):
     for i in range(-(-length // page)):
       pages[row, i] = at = next(free)
       kv[at, :length - i * page] = rng.normal(size=kv[at, :length - i * page].shape)
-  where = Where(np.array([8, 4, 11, 0, 8, 9, 10, 11, 12], np.int32), pages, np.int32(3))
-  return rng.normal(size=(9, n, h)).astype(np.float32), jnp.asarray(kv), where, lengths
+  where = Where(np.array([8, 4, 11, 0, 8, 9, 10, 5, 9, 0], np.int32), pages[:4],
+                np.array([*pages[4, :3], *pages[5, :2]]), np.array([0, 3, 5], np.int32),
+                np.array([0, 0, 0, 1, 1, 0]), np.int32(4))
+  return rng.normal(size=(10, n, h)).astype(np.float32), jnp.asarray(kv), where, lengths, pages
+
+
+OF = [0, 1, 2, 3, 4, 4, 4, 5]  # The sequence of each of its tokens.
 
 
 @pytest.mark.parametrize("together", [(1, 4), (2, 2), (8, 8)])
 @pytest.mark.parametrize("window, cap", [(None, None), (4, 2.0)])
 def test_paged_is_plain_attention_to_each_sequence(window, cap, together, monkeypatch):
-  monkeypatch.setattr("model.kernels.paged.TOGETHER_ON_CPU", together)  # Pages; each has 3.
-  q, kv, where, lengths = paged_inputs()
+  monkeypatch.setattr("model.kernels.paged.TOGETHER_ON_CPU", together)  # Pages.
+  q, kv, where, lengths, pages = paged_inputs()
 
   def run(q, kv, where):
     def read(page_B):
       return tuple(jnp.swapaxes(kv[page_B][:, :, i::2], 1, 2) for i in (0, 1))
 
-    return paged(q, read, where, window=window, scale=0.25, cap=cap)
+    return paged(q, read, where, page_size=4, window=window, scale=0.25, cap=cap)
 
   got = jax.jit(run)(q, kv, where)
   assert np.isfinite(got).all()
-  for token, (row, pos) in enumerate(zip([0, 1, 2, 3, 4, 4, 4], where.pos_T)):
+  for token, (row, pos) in enumerate(zip(OF, where.pos_T)):
     length = lengths[row]
     if not length:
       continue
-    keys, values = (kv[where.page_ML[row]].reshape(-1, *kv.shape[2:])[None, :length, i::2] for i in (0, 1))
+    keys, values = (kv[pages[row]].reshape(-1, *kv.shape[2:])[None, :length, i::2] for i in (0, 1))
     all_pos, one = np.arange(length)[None], np.ones((1, 1), np.int32)
     mask = Mask(np.array([[pos]]), one, all_pos, np.ones_like(all_pos), window, aligned=False)
     want = KERNEL["plain"](q[None, token:token + 1], keys, values, mask, scale=0.25, cap=cap)[0, 0]
     np.testing.assert_allclose(got[token], want, atol=1e-5)
+
+
+def test_the_kernel_is_told_of_each_sequence():
+  """Each token's sequence, its length and its pages, as a TPU has them."""
+  *_, where, lengths, pages = paged_inputs()
+  length_M, page_ML, start_M, n = map(np.asarray, jax.jit(by_sequence)(where))
+  assert n == 6 and len(length_M) == len(page_ML) == len(start_M) - 1 == 7
+  for i in range(n):
+    assert [*range(start_M[i], start_M[i + 1])] == [t for t, row in enumerate(OF) if row == i]
+    assert length_M[i] == max(lengths[i], 1)
+    used = -(-lengths[i] // 4)
+    np.testing.assert_array_equal(page_ML[i, :used], pages[i, :used])
 
 
 @pytest.mark.parametrize("on, H, dtype, by_kernel", [
@@ -138,7 +155,8 @@ def test_pages_go_to_the_kernel_where_it_can_read_them(on, H, dtype, by_kernel):
   cfg = ModelConfig(vocab_size=64, n_layers=1, d_model=64, n_heads=4, n_kv_heads=2, head_dim=H).validate()
 
   def run(q_1TNH, k_1TKH):
-    where = Where(jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 5, 8), jnp.int32), jnp.zeros((1,), jnp.int32))
+    zeros = lambda *shape: jnp.zeros((1, *shape), jnp.int32)
+    where = Where(zeros(4), zeros(2, 8), zeros(8), zeros(2), zeros(2), zeros())
     cache = dataclasses.replace(init_paged_cache(cfg, 1, 9, 16, dtype)[0], where=where)
     attend = lambda q, k, cache: cache.attend(q, k, k, own_heads=lambda x: x, latent=None, window=None,
                                               scale=1.0, cap=None)[0]
@@ -236,6 +254,7 @@ def test_the_engines_step_compiles(name, monkeypatch):
     state = jax.eval_shape(lambda: empty_state(cfg, 2, 16, 100, 16, None))
     inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(
       mesh, cfg.rules("batch", *[None] * (a.ndim - 1)))), dataclasses.replace(
-        empty_inputs(2, 8, 64, 16, 16, 384), settings=stack_inputs([Sampling()] * 16, [0] * 16, (), 2)))
+        empty_inputs(2, 7, 64, 8, G=4, L=16, S=16, V=384),
+        settings=stack_inputs([Sampling()] * 16, [0] * 16, (), 2)))
     text = compiled_text(functools.partial(run_step, graphdef), weights, inputs, state)
   assert "ragged_paged_attention_kernel" in kernels_of(text)

@@ -55,16 +55,17 @@ class Device:
       if row.token is not None:
         self.last[row.slot] = row.token
       feed(row.pages, row.position, [self.last[row.slot]])
-    if (c := plan.chunk) is not None:
-      assert 0 < len(c.tokens) <= self.scheduler.chunks[-1]
-      assert c.is_first == (self.begun.get(c.slot) != (c.sequence.id, c.start))
+    assert plan.n_chunk <= self.scheduler.chunks[-1] and len(plan.chunk) <= self.scheduler.most_parts
+    n_pages = [-(-(c.start + len(c.tokens)) // A) for c in plan.chunk]
+    assert len(plan.chunk) < 2 or sum(n_pages) <= self.scheduler.most_pages
+    for c in plan.chunk:
+      assert c.tokens and c.is_first == (self.begun.get(c.slot) != (c.sequence.id, c.start))
       self.begun[c.slot] = c.sequence.id, c.start + len(c.tokens)
       feed(c.pages, c.start, c.tokens)
       self.fed[c.sequence.id] |= set(range(c.start, c.start + len(c.tokens)))
     searched = collections.defaultdict(list)
     made_by = [(row, row.position + 1) for row in plan.rows]
-    if c is not None and c.makes_token:
-      made_by.append((c, c.start + len(c.tokens)))
+    made_by += [(c, c.start + len(c.tokens)) for c in plan.chunk if c.makes_token]
     for part, n in made_by:
       text = look(part.pages, n)
       if part.sequence.n_beams:
@@ -73,7 +74,7 @@ class Device:
       else:
         made[part.sequence.id] = part.slot, next_token(text)
     assert not touched or max(touched.values()) == 1 and all(page != TRASH for page, _ in touched)
-    slots = [r.slot for r in plan.rows] + ([plan.chunk.slot] if plan.chunk else [])
+    slots = [part.slot for part in (*plan.rows, *plan.chunk)]
     assert len(set(slots)) == len(slots)
     for slot, token in made.values():
       self.last[slot] = token
@@ -139,12 +140,14 @@ def run_all(scheduler, requests, *, late=1, cancel=()):
 
 def check_chunk(scheduler, plan, alone):
   """As long as it may be, and no longer than its program; the longest never beside those that wait for it."""
-  if plan is None or plan.chunk is None:
+  if plan is None or not plan.chunk:
     return
-  sizes, n, left = scheduler.chunks, len(plan.chunk.tokens), plan.chunk.sequence.n_read - plan.chunk.start
+  sizes, n, last = scheduler.chunks, plan.n_chunk, plan.chunk[-1]
   size = next(size for size in sizes if size >= n)
   if size == sizes[-1] and len(sizes) > 1:
     assert alone and not plan.rows
+  assert all(part.start + len(part.tokens) == part.sequence.n_read for part in plan.chunk[:-1])
+  left = n + last.sequence.n_read - last.start - len(last.tokens)
   assert n in (size, left) and (n >= 3 / 4 * size or size == sizes[0])
   longer = [s for s in (sizes if alone or len(sizes) == 1 else sizes[:-1]) if s > size]
   assert not longer or left in (n, *range(int(3 / 4 * longer[0] + 0.99)))
@@ -152,6 +155,8 @@ def check_chunk(scheduler, plan, alone):
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=40)  # Few letters: many begin alike.
 chunk_sizes = st.sets(st.integers(1, 17), min_size=1, max_size=3).map(sorted).map(tuple)
+bounds = st.fixed_dictionaries({"most_parts": st.integers(1, 4), "most_pages": st.integers(1, 12)})
+ONE = {"most_parts": 1, "most_pages": 9}
 a_request = st.fixed_dictionaries({
   "prompt": prompts, "max_tokens": st.integers(1, 12), "at": st.integers(0, 30),
   "user": st.sampled_from("ab"), "one_by_one": st.booleans(),
@@ -160,11 +165,12 @@ a_request = st.fixed_dictionaries({
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(a_request, min_size=1, max_size=12), st.integers(1, 5), st.integers(14, 40),
-       chunk_sizes, st.booleans(), st.integers(1, 3),
+       chunk_sizes, bounds, st.booleans(), st.integers(1, 3),
        st.sets(st.tuples(st.integers(0, 11), st.integers(0, 60)), max_size=3))
-def test_every_request_gets_what_it_would_get_alone(requests, slots, n_pages, chunks, keep, late, cancel):
+def test_every_request_gets_what_it_would_get_alone(requests, slots, n_pages, chunks, most, keep, late,
+                                                    cancel):
   requests = [{**r, "id": i} for i, r in enumerate(requests)]
-  scheduler = Scheduler(slots=slots, n_pages=n_pages, page_size=4, chunks=chunks, keep_prefixes=keep)
+  scheduler = Scheduler(slots=slots, n_pages=n_pages, page_size=4, chunks=chunks, **most, keep_prefixes=keep)
   out, _ = run_all(scheduler, requests, late=late, cancel=cancel)
   cancelled = {id for id, _ in cancel}
   for r in requests:
@@ -176,10 +182,10 @@ def test_every_request_gets_what_it_would_get_alone(requests, slots, n_pages, ch
 @settings(max_examples=200, deadline=None)
 @given(st.lists(a_request, max_size=4), st.lists(st.tuples(prompts, st.integers(1, 9), st.integers(0, 20),
                                                            st.integers(1, 4)), min_size=1, max_size=4),
-       st.integers(4, 8), st.integers(0, 12), chunk_sizes, st.booleans(), st.integers(1, 3),
+       st.integers(4, 8), st.integers(0, 12), chunk_sizes, bounds, st.booleans(), st.integers(1, 3),
        st.sets(st.tuples(st.integers(0, 7), st.integers(0, 60)), max_size=2))
-def test_every_search_gets_what_it_would_get_alone(requests, searches, slots, n_spare, chunks, keep, late,
-                                                   cancel):
+def test_every_search_gets_what_it_would_get_alone(requests, searches, slots, n_spare, chunks, most, keep,
+                                                   late, cancel):
   """Its texts go on from what they went on from, whatever is shared, copied and lost."""
   requests = requests + [{**NO_SEARCH, "prompt": prompt, "max_tokens": n, "at": at, "n_beams": width}
                          for prompt, n, at, width in searches]
@@ -187,7 +193,7 @@ def test_every_search_gets_what_it_would_get_alone(requests, searches, slots, n_
   n_needed = lambda r: len(r["prompt"]) // 4 + (r["n_beams"] or 1) * (
     -(-(len(r["prompt"]) + r["max_tokens"]) // 4) - len(r["prompt"]) // 4)
   scheduler = Scheduler(slots=slots, n_pages=max(map(n_needed, requests)) + n_spare + 1, page_size=4,
-                        chunks=chunks, keep_prefixes=keep)
+                        chunks=chunks, **most, keep_prefixes=keep)
   out, _ = run_all(scheduler, requests, late=late, cancel=cancel)
   for r in requests:
     if r["id"] not in dict(cancel):
@@ -230,26 +236,26 @@ def test_no_page_is_lost_or_had_twice(moves):
 
 
 def test_a_search_needs_pages_for_all_its_texts():
-  scheduler = Scheduler(slots=3, n_pages=12, page_size=4, chunks=(8,))
+  scheduler = Scheduler(slots=3, n_pages=12, page_size=4, chunks=(8,), **ONE)
   with pytest.raises(ValueError, match="12 in 3 beams need 13 pages.*nearest valid max_tokens: 11"):
     scheduler.add(0, [0] * 6, 12, n_beams=3)
   scheduler.add(0, [0] * 6, 11, n_beams=3)
 
 
 def test_users_take_turns():
-  scheduler = Scheduler(slots=1, n_pages=20, page_size=4, chunks=(8,))
+  scheduler = Scheduler(slots=1, n_pages=20, page_size=4, chunks=(8,), **ONE)
   for id, user in enumerate("aaaab"):
     scheduler.add(id, [1, 2], 1, user=user)
   order = []
   while (plan := scheduler.plan(True)) is not None:
-    order.append(plan.chunk.sequence.id)
+    order.append(plan.chunk[0].sequence.id)
     scheduler.end(order[-1])
   assert order == [0, 4, 1, 2, 3]
 
 
 def test_one_that_lost_its_pages_comes_back_when_its_tokens_are_known():
   """Even where there is room for it at once."""
-  scheduler = Scheduler(slots=2, n_pages=7, page_size=4, chunks=(8,))
+  scheduler = Scheduler(slots=2, n_pages=7, page_size=4, chunks=(8,), **ONE)
   scheduler.add(0, [0] * 7, 12)
   scheduler.add(1, [1] * 7, 12)
   preempted = False
@@ -263,7 +269,7 @@ def test_one_that_lost_its_pages_comes_back_when_its_tokens_are_known():
       scheduler.read(1, 5)  # All tokens but the first were unknown until now.
       while scheduler._known[1].n_unknown:
         scheduler.read(1, 5)
-      chunk = scheduler.plan(True).chunk
+      chunk, = scheduler.plan(True).chunk
       assert chunk.sequence.id == 1 and len(chunk.sequence.tokens) > 8
       assert not scheduler.is_waiting(1) and not scheduler.is_waiting(0)  # It runs; it has ended.
       return
@@ -273,21 +279,21 @@ def test_one_that_lost_its_pages_comes_back_when_its_tokens_are_known():
 
 
 def test_a_page_is_found_by_all_that_stands_before_it():
-  scheduler = Scheduler(slots=1, n_pages=9, page_size=4, chunks=(16,))
+  scheduler = Scheduler(slots=1, n_pages=9, page_size=4, chunks=(16,), **ONE)
   hits = []
   for id, prompt in enumerate(([0] * 4 + [1] * 5, [2] * 4 + [1] * 5, [0] * 4 + [1] * 5)):
     scheduler.add(id, prompt, 1)
-    hits.append(scheduler.plan(True).chunk.start)
+    hits.append(scheduler.plan(True).chunk[0].start)
     scheduler.end(id)
   assert hits == [0, 0, 8]
 
 
 def test_tokens_that_are_to_be_fed_are_not_found():
-  scheduler = Scheduler(slots=1, n_pages=9, page_size=4, chunks=(16,))
+  scheduler = Scheduler(slots=1, n_pages=9, page_size=4, chunks=(16,), **ONE)
   starts = []
   for id, n_findable in enumerate((0, None, 12, 11, 8, 3)):
     scheduler.add(id, list(range(14)), 0, n_findable=n_findable)
-    starts.append(scheduler.plan(True).chunk.start)
+    starts.append(scheduler.plan(True).chunk[0].start)
     scheduler.end(id)
   assert starts == [0, 12, 12, 8, 8, 0] and scheduler.counters["prefix_hit_tokens"] == sum(starts)
 

@@ -198,12 +198,12 @@ def decode_logits(cfg, mesh, params, tokens_2S, *, cut, chunk=12, page_size=5):
     caches = init_paged_cache(cfg, 1, 1 + page_2L.size, page_size)
     for row, (i, start, n) in itertools.zip_longest(rows, chunks, fillvalue=(0, 0, 0)):
       token_1T, pos_1T, segment_1T = (np.zeros((1, 1 + chunk), np.int32) for _ in range(3))
-      page_1ML = np.zeros((1, *page_2L.shape), np.int32)
+      page_11L, part_1C = np.zeros((1, 1, page_2L.shape[1]), np.int32), np.zeros((1, chunk), np.int32)
       if row is not None:
-        token_1T[0, 0], pos_1T[0, 0], segment_1T[0, 0], page_1ML[0, 0] = tokens_2S[0, row], row, 1, page_2L[0]
+        token_1T[0, 0], pos_1T[0, 0], segment_1T[0, 0], page_11L[0, 0] = tokens_2S[0, row], row, 1, page_2L[0]
       token_1T[0, 1:1 + n], segment_1T[0, 1:1 + n] = tokens_2S[i, start:start + n], 1
-      pos_1T[0, 1:], page_1ML[0, 1] = start + np.arange(chunk), page_2L[i]
-      where = Where(pos_1T, page_1ML, np.array([n], np.int32))
+      pos_1T[0, 1:] = start + np.arange(chunk)
+      where = Where(pos_1T, page_11L, page_2L[i:i + 1], part_1C[:, :1], part_1C, np.array([n], np.int32))
       logits_TV, caches = _extend(graphdef, params, caches, where, token_1T, segment_1T)
       logits_TV = np.asarray(logits_TV)[:, :cfg.vocab_size]
       if row is not None:

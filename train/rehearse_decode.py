@@ -63,7 +63,7 @@ def lower_decode(cfg, mesh, batch: int, context: int):
   W = ways(mesh, model.rules.batch)
   S, L = batch // W, -(-context // PAGE_SIZE)
   by_way = lambda a: jax.NamedSharding(mesh, model.rules("batch", *[None] * (a.ndim - 1)))
-  inputs = dataclasses.replace(empty_inputs(W, S, 0, L, S, model.padded_vocab_size),
+  inputs = dataclasses.replace(empty_inputs(W, S, 0, S, G=0, L=L, S=S, V=model.padded_vocab_size),
                                settings=stack_inputs([Sampling()] * batch, [0] * batch, (), W))
   inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=by_way(a)), inputs)
   weights = abstract_weights(model, mesh)

@@ -1,7 +1,8 @@
 """Attention of many sequences to keys and values that lie in pages, as decode reads them.
 
-Shapes: T tokens: one of each of the first R sequences, the others of one more (a chunk of its prompt);
-L pages a sequence may have; P pages there are, of A tokens; N query and K kv heads, H head dim.
+Shapes: T tokens: one of each of R sequences, the others a chunk of C: tokens of up to G more sequences (of
+their prompts), those of each together; L pages are listed; P pages there are, of A tokens; N query and K kv
+heads, H head dim.
 """
 import dataclasses
 import functools
@@ -22,31 +23,44 @@ TOGETHER, TOGETHER_ON_CPU = (8, 8), (1, 4)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Where:
-  """Where the tokens of a step stand. Without a chunk the last sequence has no token.
+  """Where the tokens of a step stand.
 
   A sequence without a request has position 0 and page 0, which nobody reads.
   """
   pos_T: jax.Array
-  page_ML: jax.Array  # M = R + 1 sequences: which pages, in order.
+  page_RL: jax.Array  # Which pages, in order.
+  page_L: jax.Array  # Those of the chunk's first sequence, of its second, ...
+  first_G: jax.Array  # Where among them each one's begin; L or more: there are no more sequences.
+  part_C: jax.Array  # Of which of them each token of the chunk is.
   n_chunk: jax.Array  # int32 scalar: the chunk's tokens; those after them are padding.
 
   @property
   def n_rows(self) -> int:
-    return self.page_ML.shape[0] - 1
+    return self.page_RL.shape[0]
+
+  @property
+  def is_there_C(self):
+    return jnp.arange(self.part_C.shape[0]) < self.n_chunk
+
+  def places(self, page_size: int):
+    """Of each token of the chunk, its position if the pages of page_L held one sequence; of padding 0."""
+    place_C = self.first_G[self.part_C] * page_size + self.pos_T[self.n_rows:]
+    return jnp.where(self.is_there_C, place_C, 0)
 
   def slots(self, page_size: int):
     """(page_T, offset_T) of each token; what pads the chunk goes to page 0."""
-    T, R = self.pos_T.shape[0], self.n_rows
-    sequence_T = jnp.minimum(jnp.arange(T), R)
-    page_T = self.page_ML[sequence_T, self.pos_T // page_size]
-    return jnp.where(jnp.arange(T) < R + self.n_chunk, page_T, 0), self.pos_T % page_size
+    R = self.n_rows
+    page_R = self.page_RL[jnp.arange(R), self.pos_T[:R] // page_size]
+    page_C = jnp.where(self.is_there_C, self.page_L[self.places(page_size) // page_size], 0)
+    return jnp.concatenate([page_R, page_C]), self.pos_T % page_size
 
 
-def paged(q_TNH, read, where: Where, *, window, scale, cap):
+def paged(q_TNH, read, where: Where, *, page_size, window, scale, cap):
   """Each token attends to its sequence's, up to itself; theirs and its own are in the pages already.
 
   Page by page, with an online softmax (arXiv:2205.14135): what the longest sequence of the step has more than
-  another changes no bit of that one, whose pages then weigh exactly 0.
+  another changes no bit of that one, whose pages then weigh exactly 0. So do, for the tokens of a chunk, the
+  pages of its other sequences.
 
   Args:
     read: page_B -> (k_BKAH, v_BKAH), what lies in them.
@@ -58,11 +72,12 @@ def paged(q_TNH, read, where: Where, *, window, scale, cap):
   attend = functools.partial(by_pages, read=read, window=window, scale=scale, cap=cap)
   out, (of_rows, of_chunk) = [], TOGETHER_ON_CPU if platform() == "cpu" else TOGETHER
   if R:
-    out.append(attend(q_TNH[:R, None], page_BL=where.page_ML[:R], pos_BT=where.pos_T[:R, None],
-                      together=of_rows)[:, 0])
+    pos_R1 = where.pos_T[:R, None]
+    out.append(attend(q_TNH[:R, None], where.page_RL, pos_R1, pos_R1, together=of_rows)[:, 0])
   if T > R:
-    pos_1T = jnp.where(jnp.arange(T - R) < where.n_chunk, where.pos_T[R:], 0)[None]
-    out.append(attend(q_TNH[None, R:], page_BL=where.page_ML[R:], pos_BT=pos_1T, together=of_chunk)[0])
+    place_1C = where.places(page_size)[None]
+    pos_1C = jnp.where(where.is_there_C, where.pos_T[R:], 0)[None]
+    out.append(attend(q_TNH[None, R:], where.page_L[None], pos_1C, place_1C, together=of_chunk)[0])
   return jnp.concatenate(out)
 
 
@@ -70,37 +85,52 @@ def paged_on_tpu(q_TNH, kv_PAKH, where: Where, *, window, scale, cap):
   """`paged` by JAX's Pallas kernel (jax.experimental.pallas.ops.tpu.ragged_paged_attention); kv_PAKH
   [P, A, 2 K, H] has the key of each kv head before its value."""
   from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
-  R, L = where.n_rows, where.page_ML.shape[1]
-  has_chunk = q_TNH.shape[0] > R
-  start_M = jnp.concatenate([jnp.arange(R + 1), (R + where.n_chunk)[None]])
-  last_M = jnp.concatenate([where.pos_T[:R], where.pos_T[R:R + 1] + where.n_chunk - 1]) if has_chunk else (
-    jnp.concatenate([where.pos_T, jnp.zeros((1,), where.pos_T.dtype)]))
-  n_sequences = R + (where.n_chunk > 0) if has_chunk else jnp.int32(R)
+  length_M, page_ML, start_M, n_sequences = by_sequence(where)
   # Blocks are said: the kernel would look for those of the chip of this process, which may be none.
   return ragged_paged_attention(
-      q_TNH, kv_PAKH, last_M + 1, where.page_ML, start_M.astype(jnp.int32),
-      n_sequences.astype(jnp.int32)[None], sm_scale=scale, sliding_window=window, soft_cap=cap,
-      num_kv_pages_per_block=min(L, max(1, 512 // kv_PAKH.shape[1])),
+      q_TNH, kv_PAKH, length_M, page_ML, start_M, n_sequences[None], sm_scale=scale, sliding_window=window,
+      soft_cap=cap, num_kv_pages_per_block=min(page_ML.shape[1], max(1, 512 // kv_PAKH.shape[1])),
       num_queries_per_block=min(q_TNH.shape[0], 32))
 
 
-def by_pages(q_BTNH, page_BL, pos_BT, *, read, window, scale, cap, together):
-  """`paged`, of sequences with T queries each; so many pages at a time."""
+def by_sequence(where: Where):
+  """(tokens of each sequence so far, its pages, where its tokens begin and, last, where all end, how many
+  sequences there are): the rows, then those of the chunk."""
+  R, L, G = where.n_rows, where.page_L.shape[0], where.first_G.shape[0]
+  if not where.part_C.shape[0]:
+    return where.pos_T + 1, where.page_RL, jnp.arange(R + 1, dtype=jnp.int32), jnp.int32(R)
+  is_of_GC = (where.part_C[None] == jnp.arange(G)[:, None]) & where.is_there_C[None]
+  length_G = jnp.max(jnp.where(is_of_GC, where.pos_T[R:][None] + 1, 0), axis=1)
+  start_G = jnp.cumsum(is_of_GC.sum(axis=1))
+  page_GL = where.page_L[jnp.minimum(where.first_G[:, None] + jnp.arange(L)[None], L - 1)]
+  page_ML = jnp.concatenate([where.page_RL, page_GL])
+  start_M = jnp.concatenate([jnp.arange(R + 1), R + start_G]).astype(jnp.int32)
+  n_sequences = R + (length_G > 0).sum(dtype=jnp.int32)
+  return jnp.concatenate([where.pos_T[:R] + 1, length_G]), page_ML, start_M, n_sequences
+
+
+def by_pages(q_BTNH, page_BL, pos_BT, place_BT, *, read, window, scale, cap, together):
+  """`paged`, for B lists of pages with T queries each; so many pages at a time.
+
+  Args:
+    place_BT: positions, as if each list were one sequence. A query sees the pos + 1 that end there.
+  """
   (B, L), n = page_BL.shape, min(together, page_BL.shape[1])
   page_Bln = jnp.pad(page_BL, ((0, 0), (0, -L % n))).reshape(B, -1, n)
   T, N = q_BTNH.shape[1:3]
   k, v = jax.eval_shape(read, page_BL[:, 0])
   K, A, width = k.shape[1], k.shape[2] * n, v.shape[3]
   q_BKQH = jnp.einsum("BTKGH->BKTGH", q_BTNH.reshape(B, T, K, N // K, -1)).reshape(B, K, T * N // K, -1)
-  pos_BQ = jnp.repeat(pos_BT, N // K, axis=1)
+  place_BQ = jnp.repeat(place_BT, N // K, axis=1)
+  reach_BQ = jnp.repeat(pos_BT + 1 if window is None else jnp.minimum(pos_BT + 1, window), N // K, axis=1)
 
   def step(l, carry):
     top_BKQ, total_BKQ, out_BKQH = carry
     page_B = jax.lax.dynamic_index_in_dim(page_Bln, l, axis=1, keepdims=False).reshape(-1)
     k_BKAH, v_BKAH = (x.reshape(B, n, *x.shape[1:]).swapaxes(1, 2).reshape(B, K, A, -1)
                       for x in read(page_B))
-    behind_BQA = pos_BQ[:, :, None] - (l * A + jnp.arange(A))[None, None]
-    visible_BQA = behind_BQA >= 0 if window is None else (behind_BQA >= 0) & (behind_BQA < window)
+    behind_BQA = place_BQ[:, :, None] - (l * A + jnp.arange(A))[None, None]
+    visible_BQA = (behind_BQA >= 0) & (behind_BQA < reach_BQ[:, :, None])
     logits_BKQA = jnp.einsum("BKQH,BKAH->BKQA", q_BKQH, k_BKAH, preferred_element_type=jnp.float32)
     logits_BKQA = jnp.where(visible_BQA[:, None], softcap(logits_BKQA * scale, cap), HIDDEN)
     new_BKQ = jnp.maximum(top_BKQ, logits_BKQA.max(-1))
@@ -113,9 +143,9 @@ def by_pages(q_BTNH, page_BL, pos_BT, *, read, window, scale, cap, together):
     return (new_BKQ, total_BKQ * shrink_BKQ + weight_BKQA.sum(-1),
             out_BKQH * shrink_BKQ[..., None] + value_BKQH)
 
-  first = 0 if window is None else jnp.maximum(pos_BT.min() - window + 1, 0) // A
+  first = 0 if window is None else (place_BQ - reach_BQ + 1).min() // A
   empty = jnp.zeros(q_BKQH.shape[:3], jnp.float32)
   carry = empty + HIDDEN, empty, jnp.zeros((*empty.shape, width), jnp.float32)
-  _, total_BKQ, out_BKQH = jax.lax.fori_loop(first, pos_BT.max() // A + 1, step, carry)
+  _, total_BKQ, out_BKQH = jax.lax.fori_loop(first, place_BT.max() // A + 1, step, carry)
   out_BKTGH = (out_BKQH / total_BKQ[..., None]).reshape(B, K, T, N // K, width)
   return jnp.einsum("BKTGH->BTKGH", out_BKTGH).reshape(B, T, N, width).astype(q_BTNH.dtype)

@@ -22,6 +22,7 @@ from infer.sampling import MOST_STOP_IDS, MOST_TOP, Sampling
 from infer.scheduler import PAGE_SIZE, Scheduler
 from infer.step import SCORED_TOGETHER, Inputs, empty_inputs, empty_state, fork, run_step, stack_inputs
 from model.config import ModelConfig
+from model.hub.orbax import Unread
 from model.sharding import place, ways
 from model.transformer import abstract_params, turn_weights, unstack
 
@@ -86,7 +87,8 @@ class Engine:
                cache_dtype: str | None = None, keep_prefixes: bool = True, ring_windows: bool = False):
     """Args:
       cfg: of any rules; those of DECODE are used.
-      params: of `model.transformer`, sharded anyhow. They are copied: cast, and one tree a layer.
+      params: of `model.transformer`, sharded anyhow. They are copied: cast, and one tree a layer. Or Unread:
+        they are read while programs are compiled, and what goes wrong comes out of what needs them first.
       stop_ids: tokens that end a text.
       slots: most requests that run together; a multiple of the ways of the batch.
       n_pages: of all pools together; None: as many as `slots` requests of max_length need.
@@ -129,14 +131,31 @@ class Engine:
     self._requests, self._next_id = {}, 0  # id -> _Running.
     self._unread = collections.deque()  # (plans, what the device made of them).
     with jax.set_mesh(mesh):
-      self._graphdef, abstract = abstract_params(self.cfg, mesh)
-      params = jax.device_put(params, jax.tree.map(lambda a: a.sharding, abstract))
-      self._weights = unstack(self.cfg, cast_params(self.cfg, params))
+      graphdef, abstract = abstract_params(self.cfg, mesh)
+      turns = None
       if mesh.devices.flat[0].platform == "cpu":
-        self._graphdef, *self._weights = turn_weights(self.cfg, self._graphdef, *self._weights)
-      make = functools.partial(empty_state, self.cfg, self.n_ways, self.slots, self.n_pages, page_size,
-                               cache_dtype, prefill_chunk if ring_windows else None)
-      self._state = jax.jit(make)()
+        graphdef, turns = turn_weights(self.cfg, graphdef, abstract)
+      self._one_step = functools.partial(run_step, graphdef)
+      places = jax.tree.map(lambda a: a.sharding, abstract)
+      make_weights = lambda params: unstack(self.cfg, cast_params(self.cfg, params), turns)
+      make_state = functools.partial(empty_state, self.cfg, self.n_ways, self.slots, self.n_pages, page_size,
+                                     cache_dtype, prefill_chunk if ring_windows else None)
+      given = params.abstract if isinstance(params, Unread) else params
+      shapes = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), given,
+                            places)
+      self._shapes = jax.eval_shape(make_weights, shapes), jax.eval_shape(make_state)
+    loader = concurrent.futures.ThreadPoolExecutor(1)
+    self._loaded = loader.submit(self._load, params, places, make_weights, make_state)
+    loader.shutdown(wait=not isinstance(params, Unread))
+    if not isinstance(params, Unread):
+      self._loaded.result()
+
+  def _load(self, params, places, make_weights, make_state):
+    with jax.set_mesh(self.mesh):
+      if isinstance(params, Unread):
+        params = params.read()
+      self._weights = make_weights(jax.device_put(params, places))
+      self._state = jax.jit(make_state)()
 
   # What others see.
 
@@ -243,15 +262,18 @@ class Engine:
 
   def warm_up(self) -> None:
     """Compiles every program and runs it once on nothing, while the next are traced and compiled."""
-    began, state = time.perf_counter(), jax.tree.map(_like, self._state)
+    began = time.perf_counter()
     shapes = [(R, 0) for R in self.row_buckets] + [(R, C) for C, R in self._chunks.items()]
     new = [shape for shape in reversed(shapes) if shape not in self.programs]
     with (concurrent.futures.ThreadPoolExecutor(2) as compilers,
           concurrent.futures.ThreadPoolExecutor(1) as runner):
       runs = []
       for shape in new:
-        function, donated, *args, _ = self._step_of(self._make_inputs([], *shape), *shape)
-        program = compilers.submit(self._lower(function, donated, *args, state).compile)
+        if self._loaded.done():
+          self._loaded.result()  # Nothing is compiled for weights that cannot be read.
+        weights, state = self._shapes
+        inputs = self._put_changed(self._make_inputs([], *shape), *shape)
+        program = compilers.submit(self._lower(self._one_step, 2, weights, inputs, state).compile)
         runs.append(runner.submit(self._run_first, shape, program))
       for run in runs:
         run.result()
@@ -364,13 +386,10 @@ class Engine:
     self._state = self._compiled("fork", fork, 0, self._state, *arrays)
 
   def _run(self, inputs, R, C):
-    self._state, made = self._compiled((R, C), *self._step_of(inputs, R, C))
+    self._loaded.result()
+    self._state, made = self._compiled((R, C), self._one_step, 2, self._weights,
+                                       self._put_changed(inputs, R, C), self._state)
     return made
-
-  def _step_of(self, inputs, R, C):
-    """(function, the argument that is donated, arguments)."""
-    return (functools.partial(run_step, self._graphdef), 2, self._weights, self._put_changed(inputs, R, C),
-            self._state)
 
   def _compiled(self, key, function, donated, *args):
     if key not in self.programs:
@@ -486,10 +505,6 @@ class _Running:
 
 MOST_PARTS = 4  # Prompts of a chunk.
 _OFF, _BEAM = Sampling(temperature=0.0), Sampling(temperature=0.0, logprobs=MOST_TOP)
-
-
-def _like(a):
-  return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
 
 
 def _pairs(ids, logprobs):

@@ -15,7 +15,7 @@ from data.flags import from_json, nearest
 from data.tokenizer import Tokenizer, load_tokenizer
 from infer.compile_cache import CompileCache
 from model.config import ModelConfig
-from model.hub.orbax import find_checkpoints, find_steps, restore_params
+from model.hub.orbax import find_checkpoints, find_params, find_steps
 from model.sharding import DECODE, fit, make_mesh, ways
 from model.transformer import Transformer, abstract_params, check_names
 
@@ -69,14 +69,20 @@ def open_run(path, flag: str = "--run") -> Run:
 
 
 def load_params(run: Run, cfg: ModelConfig, mesh, *, weights: str | None = None, step: int | None = None):
-  """Reads the parameters of the newest good checkpoint, or of one step, straight into their shards.
+  """Reads what `_find_params` finds, straight into its shards: (params, step, weights, rejected)."""
+  found, *more = _find_params(run, cfg, mesh, weights=weights, step=step)
+  return found.read(), *more
+
+
+def _find_params(run, cfg, mesh, *, weights, step):
+  """The parameters of the newest good checkpoint, or of one step.
 
   Args:
     cfg: the run's, under the rules to shard by: decode_config(run.model, mesh).
     weights: of WEIGHTS; None is "ema" if the run keeps one.
 
   Returns:
-    (params, step, weights, rejected): `rejected` the newer, damaged (step, reason)s.
+    (Unread, step, weights, rejected): `rejected` the newer, damaged (step, reason)s.
 
   Raises:
     ValueError: no such step, or no such weights.
@@ -95,8 +101,8 @@ def load_params(run: Run, cfg: ModelConfig, mesh, *, weights: str | None = None,
   if weights == "ema":  # Always kept in float32.
     abstract = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=a.sharding), abstract)
-  params, meta, rejected = restore_params(path, abstract, weights)
-  return params, meta["step"], weights, rejected
+  found, meta, rejected = find_params(path, abstract, weights)
+  return found, meta["step"], weights, rejected
 
 
 def decode_config(cfg: ModelConfig, mesh) -> ModelConfig:
@@ -132,8 +138,8 @@ def cast_params(cfg: ModelConfig, params):
 
 
 def load_model(run: Run, *, compute_dtype: str | None, weights: str | None, step: int | None, tensor: int):
-  """(config, params, mesh) for decoding on all devices, `tensor` of which share each layer; says on stderr
-  what they are.
+  """(config, Unread params, mesh) for decoding on all devices, `tensor` of which share each layer; says on
+  stderr what they are.
 
   Args:
     compute_dtype: None: the run's.
@@ -145,10 +151,10 @@ def load_model(run: Run, *, compute_dtype: str | None, weights: str | None, step
   mesh = make_mesh(data=-1, tensor=tensor)
   cfg = dataclasses.replace(run.model, compute_dtype=compute_dtype or run.model.compute_dtype)
   cfg = decode_config(cfg, mesh)
-  params, step, weights, rejected = load_params(run, cfg, mesh, weights=weights, step=step)
+  params, step, weights, rejected = _find_params(run, cfg, mesh, weights=weights, step=step)
   for bad, reason in rejected:
     print(f"checkpoint {bad} is damaged and passed over: {reason}", file=sys.stderr)
-  n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+  n_params = sum(math.prod(a.shape) for a in jax.tree.leaves(params.abstract))
   print(f"{run.path} at step {step}: {weights}, {n_params / 1e6:.1f}M parameters, computing in "
         f"{cfg.compute_dtype} on {mesh.size} {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
   return cfg, params, mesh

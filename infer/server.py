@@ -15,6 +15,7 @@ that dies or stands still ends the server with exit code 1.
 """
 import argparse
 import dataclasses
+import gc
 import importlib
 import re
 import sys
@@ -54,18 +55,22 @@ def main(argv: list[str] | None = None) -> int:
   except ImportError as e:
     print(f"{parser.prog}: error: {e}; pip install -e '.[serve]'", file=sys.stderr)
     return 2
+  gc.disable()  # What is imported, traced and loaded stays.
   from jax.errors import JaxRuntimeError  # JAX and its devices, after the cheap mistakes.
 
   from infer.serving import HttpServer
   from model.hub.orbax import CheckpointError
   try:
     served, engine = _load(args)
+    gc.freeze()
   except ValueError as e:
     print(f"{parser.prog}: error: {e}", file=sys.stderr)
     return 2
   except (OSError, CheckpointError, JaxRuntimeError) as e:  # Disk, checkpoint, device.
     print(f"{parser.prog}: failed: {type(e).__name__}: {e}", file=sys.stderr)
     return 1
+  finally:
+    gc.enable()
   server = HttpServer(served, engine, options, listener)
   host = f"[{args.host}]" if ":" in args.host else args.host
   print(f"{served.name} is served at http://{host}:{server.port}", file=sys.stderr, flush=True)

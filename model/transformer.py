@@ -3,6 +3,7 @@ The one forward definition."""
 import dataclasses
 import functools
 import os
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -379,25 +380,35 @@ def _repeat(cfg):
   return lambda path, a: a.reshape(v, -1, *a.shape[1:]) if stack_dims(cfg, path) == 2 else a
 
 
-def unstack(cfg, params):
+def unstack(cfg, params, turns=None):
   """(params without the blocks' arrays, one tree of arrays a layer): decode reads each layer's weights where
-  they lie, instead of a slice of the stack."""
+  they lie, instead of a slice of the stack. With `turns`, of `turn_weights`, they are turned, in one copy."""
   stacks = {name: params[name] for name in ("first_blocks", "blocks") if name in params}
+  heads = {name: params[name] for name in (turns.heads if turns else ())}
 
   @jax.jit
-  def slice_all(stacks):
+  def slice_all(stacks, heads):
+    turn_one = lambda n, a: jnp.moveaxis(a, range(n), range(-n, 0))
     layers = []
     for n in range(cfg.n_layers):
       blocks, i, pick = layer_place(cfg, n)
-      layers.append(jax.tree.map(pick, stacks[blocks][i]))
-    return layers
+      layer = jax.tree.map(pick, stacks[blocks][i])
+      layers.append(jax.tree.map(turn_one, turns.layers[n], layer) if turns else layer)
+    return layers, {name: turn_one(1, a) for name, a in heads.items()}
 
-  return {**params, **jax.tree.map(lambda a: jnp.zeros(()), stacks)}, slice_all(stacks)
+  layers, heads = slice_all(stacks, heads)
+  return {**params, **jax.tree.map(lambda a: jnp.zeros(()), stacks), **heads}, layers
 
 
-def turn_weights(cfg, graphdef, params, layers):
-  """(graphdef, params, layers): what `unstack` made, its weights as a CPU multiplies few tokens fastest
-  (model.products)."""
+class Turns(typing.NamedTuple):
+  """Which weights of `unstack` are turned."""
+  layers: list  # For each layer's arrays: how many dims, as model.products has it.
+  heads: tuple[str, ...]  # Parameters beside them, by one dim.
+
+
+def turn_weights(cfg, graphdef, params):
+  """(graphdef, Turns) of weights as a CPU multiplies few tokens fastest (model.products); `params` may be
+  abstract."""
   model = nnx.merge(graphdef, params)
   heads = {"unembed": model.unembed} if cfg.head == "untied" else {}
   stacks = {name: getattr(model, name) for name in ("first_blocks", "blocks") if hasattr(model, name)}
@@ -410,11 +421,4 @@ def turn_weights(cfg, graphdef, params, layers):
   blocks = [stacks[name][i] for name, i, _ in (layer_place(cfg, n) for n in range(cfg.n_layers))]
   turned_dims = lambda state: jax.tree.map(lambda p: p.replace(turned(p)), state, is_leaf=is_param)
   n_turned = [nnx.to_pure_dict(turned_dims(nnx.state(block))) for block in blocks]
-
-  @jax.jit
-  def turn_all(layers, heads):
-    turn_one = lambda n, a: jnp.moveaxis(a, range(n), range(-n, 0))
-    return jax.tree.map(turn_one, n_turned, layers), {name: turn_one(1, a) for name, a in heads.items()}
-
-  layers, heads = turn_all(layers, {name: params[name] for name in heads})
-  return nnx.split(model)[0], {**params, **heads}, layers
+  return nnx.split(model)[0], Turns(n_turned, tuple(heads))

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import math
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from infer.beam import BeamSearch
 from infer.engine import Engine, Request, Scored
 from infer.sampling import Sampling, sample, stack_settings
 from model.config import ModelConfig
+from model.hub.orbax import Unread
 from model.sharding import make_mesh
 from tests.tiny import MLA, MOE, make_params, mesh_of
 
@@ -366,6 +368,34 @@ def test_nothing_compiles_after_warm_up(n):
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
   assert engine.counters["compiles"] == before and engine.counters["steps"] > 50
+
+
+def test_weights_are_read_while_programs_are_compiled(monkeypatch):
+  """And what goes wrong then comes out: of warm_up, or of the first step."""
+  cfg, _, params = params_of("gqa")
+  unread, lowered = Unread(jax.tree.map(jax.typeof, params), None, "params"), threading.Event()
+  make = lambda: Engine(cfg, unread, mesh_of("one"), slots=4, page_size=4, max_length=200, prefill_chunk=16,
+                        row_buckets=(4,))
+  monkeypatch.setattr(Unread, "read", lambda _: lowered.wait(60) and params)
+  engine = make()
+  lower = engine._lower
+  monkeypatch.setattr(engine, "_lower", lambda *args: (lower(*args), lowered.set())[0])
+  engine.warm_up()
+  texts, n = texts_of((30, 20), (9, 1)), engine.counters["compiles"]
+  for got, wanted in zip(forced_logprobs(engine, texts), forced_logprobs(make_engine("gqa"), texts)):
+    np.testing.assert_array_equal(got, wanted)
+  assert n == engine.counters["compiles"] == len(engine.programs)
+
+  def fail(_):
+    raise OSError("the disk is gone")
+
+  monkeypatch.setattr(Unread, "read", fail)
+  with pytest.raises(OSError, match="the disk is gone"):
+    make().warm_up()
+  engine = make()
+  engine.submit(Request(prompt=[1], sampling=Sampling()))
+  with pytest.raises(OSError, match="the disk is gone"):
+    engine.step()
 
 
 @pytest.mark.parametrize("prompt, changes, wrong", [

@@ -1,6 +1,7 @@
 """The server as its clients see it: the official client's calls, refusals, disconnects, the end."""
 import concurrent.futures
 import contextlib
+import gc
 import json
 import os
 import re
@@ -537,6 +538,24 @@ def test_short_keys_are_none(tmp_path, capsys):
     (tmp_path / "key").write_text(text)
     assert main(["--model=/nowhere", "--host=0.0.0.0", "--port=0", f"--api_key_file={tmp_path}/key"]) == 2
     assert ("no imported model" in capsys.readouterr().err) == good
+
+
+def test_weights_that_cannot_be_read_end_the_start(tmp_path, capsys, monkeypatch):
+  """Whether that is seen before anything is compiled, or while it is."""
+  from model.hub.orbax import Unread
+  from tests.real_engine import tiny_folder
+
+  def fail(_):
+    raise OSError("the disk is gone")
+
+  flags = f"--model={tiny_folder(tmp_path)}", "--port=0", "--slots=1", "--prefill_chunk=32"
+  assert main([*flags, "--step=7"]) == 2 and "--step=7 was not saved" in capsys.readouterr().err
+  monkeypatch.setattr(Unread, "read", fail)
+  assert main([*flags]) == 1
+  said = capsys.readouterr().err
+  assert "at step 0: params" in said and "failed: OSError: the disk is gone" in said and gc.isenabled()
+  next((tmp_path / "run").rglob("meta.json")).write_text("{}")
+  assert main([*flags]) == 1 and "damaged" in capsys.readouterr().err
 
 
 def test_help_names_every_flag():

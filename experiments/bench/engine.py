@@ -27,7 +27,6 @@ def run(args) -> dict:
   longest = max(args.prompt + args.tokens + 2 * max(args.batch), args.prefill) + 1
   engine = Engine(cfg, params, mesh, slots=max(args.batch), max_length=-(-longest // 16) * 16)
   engine.warm_up()
-  del params
   with contextlib.ExitStack() as stack:
     rival = stack.enter_context(start_transformers(args.model)) if args.against else None
     points = measure(engine, rival, args, cfg.vocab_size)

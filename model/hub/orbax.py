@@ -10,6 +10,7 @@ A run keeps them under DIR/checkpoints, which must be a file system (local, NFS,
 `train.checkpoint` writes this; inference and the command line only read it.
 """
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import logging
@@ -206,13 +207,29 @@ def restore_arrays(step_dir, abstract, *, partial: bool = False):
   Raises:
     ValueError: a name, shape or dtype differs; nothing is padded, cut or cast.
   """
-  if misfits := _find_misfits(read_tree(step_dir), _name_leaves(abstract), partial):
-    raise ValueError(f"checkpoint {step_dir} does not fit: {_shorten(misfits, 8)}")
+  _check_fit(step_dir, abstract, partial)
   return _restore(step_dir, abstract, partial)
 
 
 def restore_params(path, abstract_params, which: str = "params"):
-  """The parameters alone, from the newest good checkpoint of a run; the optimizer is not read.
+  """`find_params`, read: (params, meta, rejected)."""
+  found, *more = find_params(path, abstract_params, which)
+  return found.read(), *more
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+  """Parameters that are on the disk, every byte as it was written."""
+  abstract: dict  # As `restore_arrays`'s.
+  step_dir: pathlib.Path
+  which: str
+
+  def read(self):
+    return _restore(self.step_dir, {self.which: self.abstract}, partial=True)[self.which]
+
+
+def find_params(path, abstract_params, which: str = "params"):
+  """The parameters alone, of the newest good checkpoint of a run; the optimizer is not read.
 
   Args:
     path: a run's folder, its checkpoints folder, or one step.
@@ -220,7 +237,7 @@ def restore_params(path, abstract_params, which: str = "params"):
     which: "params", or "ema" for their moving average.
 
   Returns:
-    (params, meta, rejected): `meta["step"]` is the step; `rejected` holds (step, reason) of the
+    (Unread, meta, rejected): `meta["step"]` is the step; `rejected` holds (step, reason) of the
     newer, damaged ones, for the caller to print.
 
   Raises:
@@ -236,15 +253,18 @@ def restore_params(path, abstract_params, which: str = "params"):
     step_dir, rejected = find_newest_good(find_checkpoints(path))
     if step_dir is None:
       raise FileNotFoundError(f"{path} has no finished checkpoint yet")
-  restored = restore_arrays(step_dir, {which: abstract_params}, partial=True)
-  return restored[which], read_meta(step_dir), rejected
+  _check_fit(step_dir, {which: abstract_params}, partial=True)
+  return Unread(abstract_params, step_dir, which), read_meta(step_dir), rejected
 
 
 def check_shapes(path, abstract_params, which: str = "params") -> None:
   """Raises ValueError, naming them, where arrays of the newest checkpoint are not as these. Reads none."""
   root = find_checkpoints(path)
-  step_dir = root / str(find_steps(root)[-1])
-  if misfits := _find_misfits(read_tree(step_dir), _name_leaves({which: abstract_params}), partial=True):
+  _check_fit(root / str(find_steps(root)[-1]), {which: abstract_params}, partial=True)
+
+
+def _check_fit(step_dir, abstract, partial):
+  if misfits := _find_misfits(read_tree(step_dir), _name_leaves(abstract), partial):
     raise ValueError(f"checkpoint {step_dir} does not fit: {_shorten(misfits, 8)}")
 
 

@@ -119,8 +119,9 @@ class Engine:
     self.n_pages = (self.slots * self._pages_each if n_pages is None else -(-n_pages // self.n_ways)) + 1
     self.row_buckets = row_buckets or _buckets(1, self.slots)
     self.chunk_sizes = _chunk_sizes(prefill_chunk)
-    # Chunk -> rows: the longest is a program for prompts alone, which may take its time.
-    self._chunks = dict.fromkeys(self.chunk_sizes, self.row_buckets[-1] - 1) | (
+    # Chunk -> rows: one less than there are slots, as a prompt has one, where all are of one way. The longest
+    # is a program for prompts alone, which may take its time.
+    self._chunks = dict.fromkeys(self.chunk_sizes, self.row_buckets[-1] - (self.n_ways == 1)) | (
         {prefill_chunk: 0} if len(self.chunk_sizes) > 1 else {})
     self._most_parts = min(MOST_PARTS, self.slots)
     self.schedulers = [Scheduler(
@@ -322,7 +323,7 @@ class Engine:
   # From plans to arrays, and back to events.
 
   def _make_inputs(self, plans, R, C) -> Inputs:
-    W, M = self.n_ways, max(R + 1, self._most_parts) if C else R
+    W, M = self.n_ways, max(R + (self.n_ways == 1), self._most_parts) if C else R
     inputs = empty_inputs(W, R, C, M, G=self._most_parts, L=self._pages_each, S=self.slots,
                           V=self.cfg.padded_vocab_size)
     samplings, starts = [_OFF] * (W * M), [0] * (W * M)

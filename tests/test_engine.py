@@ -176,6 +176,24 @@ def test_on_a_mesh_too(case, sizes):
     assert [list(text.tokens) for text in found.texts] == [t for t, _ in plain_beams(case, prompt, 2, 6)]
 
 
+def test_a_way_reads_a_prompt_while_another_is_full():
+  engine = make_engine("gqa", mesh_of("all"), row_buckets=(1,))
+  ways, each = engine.n_ways, engine.slots
+  alone = make_engine("gqa")
+  make = lambda i: Request(prompt=[1 + i, 2, 3], sampling=Sampling(temperature=0.0, max_tokens=12))
+  texts, ids = {}, [engine.submit(make(i)) for i in range(ways * each - 1)]
+  for step in range(200):
+    if step == 6:  # All others make tokens.
+      ids.append(engine.submit(make(len(ids))))
+    for token in engine.step():
+      texts.setdefault(token.request, []).append(token.id)
+    if step > 6 and not engine.has_work:
+      break
+  assert ways > 1 and len(texts) == ways * each
+  for i, id in enumerate(ids):
+    assert texts[id] == [t.id for t in alone.generate([make(i).prompt], make(i).sampling)]
+
+
 def test_after_prefix_hits_eviction_and_preemption():
   """In so few pages that requests take each other's, twice over, so that the second time begins with hits."""
   engine = make_engine("gqa", n_pages=44)

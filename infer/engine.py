@@ -131,32 +131,36 @@ class Engine:
     self.programs, self._there, self._counters = {}, {}, collections.Counter()
     self._requests, self._next_id = {}, 0  # id -> _Running.
     self._unread = collections.deque()  # (plans, what the device made of them).
-    with jax.set_mesh(mesh):
-      graphdef, abstract = abstract_params(self.cfg, mesh)
+    self._begin_to_load(params, cache_dtype, prefill_chunk if ring_windows else None)
+
+  def _begin_to_load(self, params, cache_dtype, ring_chunk):
+    """The shapes of weights and state are known at once; both are there when `_loaded` is done."""
+    with jax.set_mesh(self.mesh):
+      graphdef, abstract = abstract_params(self.cfg, self.mesh)
       turns = None
-      if mesh.devices.flat[0].platform == "cpu":
+      if self.mesh.devices.flat[0].platform == "cpu":
         graphdef, turns = turn_weights(self.cfg, graphdef, abstract)
       self._one_step = functools.partial(run_step, graphdef)
       places = jax.tree.map(lambda a: a.sharding, abstract)
       make_weights = lambda params: unstack(self.cfg, cast_params(self.cfg, params), turns)
-      make_state = functools.partial(empty_state, self.cfg, self.n_ways, self.slots, self.n_pages, page_size,
-                                     cache_dtype, prefill_chunk if ring_windows else None)
-      given = params.abstract if isinstance(params, Unread) else params
-      shapes = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), given,
-                            places)
+      make_state = functools.partial(empty_state, self.cfg, self.n_ways, self.slots, self.n_pages,
+                                     self.page_size, cache_dtype, ring_chunk)
+      is_unread = isinstance(params, Unread)
+      shapes = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+                            params.abstract if is_unread else params, places)
       self._shapes = jax.eval_shape(make_weights, shapes), jax.eval_shape(make_state)
-    loader = concurrent.futures.ThreadPoolExecutor(1)
-    self._loaded = loader.submit(self._load, params, places, make_weights, make_state)
-    loader.shutdown(wait=not isinstance(params, Unread))
-    if not isinstance(params, Unread):
-      self._loaded.result()
 
-  def _load(self, params, places, make_weights, make_state):
-    with jax.set_mesh(self.mesh):
-      if isinstance(params, Unread):
-        params = params.read()
-      self._weights = make_weights(jax.device_put(params, places))
-      self._state = jax.jit(make_state)()
+    def load():
+      with jax.set_mesh(self.mesh):
+        read = params.read() if is_unread else params
+        self._weights = make_weights(jax.device_put(read, places))
+        self._state = jax.jit(make_state)()
+
+    loader = concurrent.futures.ThreadPoolExecutor(1)
+    self._loaded = loader.submit(load)
+    loader.shutdown(wait=False)
+    if not is_unread:
+      self._loaded.result()
 
   # What others see.
 

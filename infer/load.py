@@ -69,7 +69,10 @@ def open_run(path, flag: str = "--run") -> Run:
 
 
 def load_params(run: Run, cfg: ModelConfig, mesh, *, weights: str | None = None, step: int | None = None):
-  """Reads what `_find_params` finds, straight into its shards: (params, step, weights, rejected)."""
+  """Reads the parameters of a checkpoint straight into their shards: (params, step, weights, rejected).
+
+  Arguments, the other results and errors are those of `_find_params`.
+  """
   found, *more = _find_params(run, cfg, mesh, weights=weights, step=step)
   return found.read(), *more
 

@@ -31,7 +31,7 @@ NUMBERS = {
   "max_length": (int, None, 2, "most tokens of a prompt and its text (the model's)"),
   "pages": (int, None, 2, "of the cache (so many that every slot can be filled)"),
   "page_size": (int, PAGE_SIZE, 1, "tokens a page"),
-  "prefill_chunk": (int, 256, 1, "tokens of a prompt read at once"),
+  "prefill_chunk": (int, 256, 1, "tokens of prompts read at once; beside texts a quarter"),
   "tensor": (int, 1, 1, "devices that share each layer"),
   "max_waiting": (int, 64, 0, "texts beyond the slots before 429 is answered"),
   "deadline_s": (float, 600.0, 0.001, "seconds that a text may take"),

@@ -253,6 +253,18 @@ def test_users_take_turns():
   assert order == [0, 4, 1, 2, 3]
 
 
+@pytest.mark.parametrize("most_parts, most_pages, together", [
+  (4, 12, [0, 1, 2]), (2, 12, [0, 1]), (4, 4, [0, 1]), (4, 1, [0])])
+def test_short_prompts_share_a_chunk(most_parts, most_pages, together):
+  scheduler = Scheduler(slots=4, n_pages=20, page_size=4, chunks=(16,), most_parts=most_parts,
+                        most_pages=most_pages)
+  for id in range(4):
+    scheduler.add(id, [id] * 5, 2)
+  chunk = scheduler.plan(True).chunk
+  whole = [part.sequence.id for part in chunk if part.makes_token]
+  assert whole == together and all(part.tokens == [part.sequence.id] * len(part.tokens) for part in chunk)
+
+
 def test_one_that_lost_its_pages_comes_back_when_its_tokens_are_known():
   """Even where there is room for it at once."""
   scheduler = Scheduler(slots=2, n_pages=7, page_size=4, chunks=(8,), **ONE)

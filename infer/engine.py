@@ -24,7 +24,7 @@ from infer.step import SCORED_TOGETHER, Inputs, empty_inputs, empty_state, fork,
 from model.config import ModelConfig
 from model.hub.orbax import Unread
 from model.sharding import place, ways
-from model.transformer import abstract_params, turn_weights, unstack
+from model.transformer import abstract_params, make_unstack, turn_weights
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +129,7 @@ class Engine:
       most_parts=self._most_parts, most_pages=self._pages_each,
       keep_prefixes=keep_prefixes and not ring_windows) for _ in range(self.n_ways)]
     self.programs, self._there, self._counters = {}, {}, collections.Counter()
+    self._unrun = []  # Of the programs, those that never ran.
     self._requests, self._next_id = {}, 0  # id -> _Running.
     self._unread = collections.deque()  # (plans, what the device made of them).
     self._begin_to_load(params, cache_dtype, prefill_chunk if ring_windows else None)
@@ -142,7 +143,8 @@ class Engine:
         graphdef, turns = turn_weights(self.cfg, graphdef, abstract)
       self._one_step = functools.partial(run_step, graphdef)
       places = jax.tree.map(lambda a: a.sharding, abstract)
-      make_weights = lambda params: unstack(self.cfg, cast_params(self.cfg, params), turns)
+      unstack = make_unstack(self.cfg, turns)
+      make_weights = lambda params: unstack(cast_params(self.cfg, params))
       make_state = functools.partial(empty_state, self.cfg, self.n_ways, self.slots, self.n_pages,
                                      self.page_size, cache_dtype, ring_chunk)
       is_unread = isinstance(params, Unread)
@@ -266,31 +268,45 @@ class Engine:
         self.cancel(id)
 
   def warm_up(self) -> None:
-    """Compiles every program and runs it once on nothing, while the next are traced and compiled."""
+    """Compiles every program, and runs it once."""
+    self.compile_all()
+    while self.run_first():
+      pass
+
+  def compile_all(self) -> None:
+    """Compiles every program, some while the next is traced; the weights are read then. Requests may come
+    after it: nothing is compiled for them."""
     began = time.perf_counter()
     shapes = [(R, 0) for R in self.row_buckets] + [(R, C) for C, R in self._chunks.items()]
-    new = [shape for shape in reversed(shapes) if shape not in self.programs]
-    with (concurrent.futures.ThreadPoolExecutor(2) as compilers,
-          concurrent.futures.ThreadPoolExecutor(1) as runner):
-      runs = []
-      for shape in new:
+    new = [key for key in ("fork", *reversed(shapes)) if key not in self.programs]
+    weights, state = self._shapes
+    with concurrent.futures.ThreadPoolExecutor(2) as compilers:
+      compiled = {}
+      for key in new:
         if self._loaded.done():
           self._loaded.result()  # Nothing is compiled for weights that cannot be read.
-        weights, state = self._shapes
-        inputs = self._put_changed(self._make_inputs([], *shape), *shape)
-        program = compilers.submit(self._lower(self._one_step, 2, weights, inputs, state).compile)
-        runs.append(runner.submit(self._run_first, shape, program))
-      for run in runs:
-        run.result()
+        if key == "fork":
+          lowered = self._lower(fork, 0, state, *self._put_forks([]))
+        else:
+          lowered = self._lower(self._one_step, 2, weights, self._put_changed([], *key), state)
+        compiled[key] = compilers.submit(lowered.compile)
+      self.programs |= {key: program.result() for key, program in compiled.items()}
+    self._unrun += new
+    self._loaded.result()
     self._counters["compiles"] += len(new)
     self._counters["compile_s"] += time.perf_counter() - began
-    self._fork([])
-    jax.block_until_ready(self._state)
 
-  def _run_first(self, shape, program):
-    self.programs[shape] = program.result()
-    self._run(self._make_inputs([], *shape), *shape)
+  def run_first(self) -> bool:
+    """Runs, on nothing, a program that never ran: XLA:CPU makes some of it (YNNPACK's operators) only then.
+    False: all have run."""
+    if not self._unrun:
+      return False
+    if (key := self._unrun[-1]) == "fork":
+      self._fork([])
+    else:
+      self._run([], *key)
     jax.block_until_ready(self._state)
+    return True
 
   def step(self) -> list[Token | Scored | Found]:
     """Dispatches what can be done, and returns what the step before made."""
@@ -318,7 +334,7 @@ class Engine:
     R = self._chunks[C] if C else next(r for r in self.row_buckets if r >= R)
     if any(row.token is not None for p in plans if p for row in p.rows):
       self._fork(plans)
-    made = self._run(self._make_inputs(plans, R, C), R, C)
+    made = self._run(plans, R, C)
     for a in jax.tree.leaves(made):
       a.copy_to_host_async()
     self._unread.append((plans, made))
@@ -380,6 +396,9 @@ class Engine:
 
   def _fork(self, plans):
     """The texts of searches go on with the tokens that were chosen, in pages of their own."""
+    self._state = self._compiled("fork", fork, 0, self._state, *self._put_forks(plans))
+
+  def _put_forks(self, plans):
     slot_WN = np.full((self.n_ways, self.slots), self.slots, np.int32)
     token_WN, from_WN, to_WN = np.zeros((3, *slot_WN.shape), np.int32)
     for w, plan in enumerate(plans):
@@ -387,13 +406,12 @@ class Engine:
         slot_WN[w, n], token_WN[w, n] = row.slot, row.token
         if row.copied is not None:
           from_WN[w, n], to_WN[w, n] = row.copied, row.pages[row.position // self.page_size]
-    arrays = self._put([slot_WN, token_WN, from_WN, to_WN])
-    self._state = self._compiled("fork", fork, 0, self._state, *arrays)
+    return self._put([slot_WN, token_WN, from_WN, to_WN])
 
-  def _run(self, inputs, R, C):
+  def _run(self, plans, R, C):
     self._loaded.result()
     self._state, made = self._compiled((R, C), self._one_step, 2, self._weights,
-                                       self._put_changed(inputs, R, C), self._state)
+                                       self._put_changed(plans, R, C), self._state)
     return made
 
   def _compiled(self, key, function, donated, *args):
@@ -402,6 +420,8 @@ class Engine:
       self.programs[key] = self._lower(function, donated, *args).compile()
       self._counters["compiles"] += 1
       self._counters["compile_s"] += time.perf_counter() - began
+    elif key in self._unrun:
+      self._unrun.remove(key)
     with jax.set_mesh(self.mesh):
       return self.programs[key](*args)
 
@@ -409,9 +429,9 @@ class Engine:
     with jax.set_mesh(self.mesh):
       return jax.jit(function, donate_argnums=donated).lower(*args)
 
-  def _put_changed(self, inputs, R, C):
+  def _put_changed(self, plans, R, C) -> Inputs:
     """On the devices; what is as in the last step of this shape is there already."""
-    new, tree = jax.tree.flatten(inputs)
+    new, tree = jax.tree.flatten(self._make_inputs(plans, R, C))
     old, there = self._there.get((R, C)) or ([None] * len(new), [None] * len(new))
     changed = [i for i, (a, b) in enumerate(zip(new, old)) if b is None or not np.array_equal(a, b)]
     there = list(there)

@@ -14,12 +14,12 @@ is needed. SIGTERM: what runs is finished, no more is taken, exit code 0; a seco
 that dies or stands still ends the server with exit code 1.
 """
 import argparse
+import concurrent.futures
 import dataclasses
 import gc
 import importlib
 import re
 import sys
-import time
 
 from infer.flags import parse_strictly
 from infer.listen import Options, bind, read_key
@@ -58,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
   gc.disable()  # What is imported, traced and loaded stays.
   from jax.errors import JaxRuntimeError  # JAX and its devices, after the cheap mistakes.
 
-  from infer.serving import HttpServer
   from model.hub.orbax import CheckpointError
   try:
     served, engine = _load(args)
@@ -71,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1
   finally:
     gc.enable()
+  from infer.serving import HttpServer
   server = HttpServer(served, engine, options, listener)
   host = f"[{args.host}]" if ":" in args.host else args.host
   print(f"{served.name} is served at http://{host}:{server.port}", file=sys.stderr, flush=True)
@@ -126,22 +126,30 @@ def _load(args):
   run = open_run(find_run(args.run)) if args.run else open_run(args.model, "--model")
   chat = open_chat(run) if args.model else None
   stop_ids = find_ends(run, chat) if args.model else (run.tokenizer.eos_id,)
-  from infer.app import Served
-  from infer.beam import BeamSearch
-  from infer.engine import Engine, Request
-  from infer.grammar import GrammarCompiler
-  from infer.sampling import Sampling
-  from infer.tools import CallReader, find_style
+  from infer.engine import Engine
   cfg, params, mesh = load_model(run, compute_dtype=args.compute_dtype, weights=args.weights, step=args.step,
                                  tensor=args.tensor)
   engine = Engine(cfg, params, mesh, stop_ids=stop_ids, slots=args.slots, page_size=args.page_size,
                   n_pages=args.pages, max_length=args.max_length, prefill_chunk=args.prefill_chunk,
                   cache_dtype=args.cache_dtype, ring_windows=args.ring_windows)
-  began = time.perf_counter()
-  engine.warm_up()
-  seconds = time.perf_counter() - began
-  print(f"{engine.counters['compiles']:.0f} programs compiled or loaded in {seconds:.1f} s", file=sys.stderr,
-        flush=True)
+  with concurrent.futures.ThreadPoolExecutor(1) as beside:
+    compiling = beside.submit(engine.compile_all)
+    served = _serve_as(args, run, chat, cfg, engine, stop_ids)
+    compiling.result()
+  print("{compiles:.0f} programs compiled or loaded in {compile_s:.1f} s".format(**engine.counters),
+        file=sys.stderr, flush=True)
+  return served, engine
+
+
+def _serve_as(args, run, chat, cfg, engine, stop_ids):
+  """What the server's pages need to know, and how requests are made; while programs are compiled."""
+  import infer.serving  # noqa: F401  Takes its time.
+  from infer.app import Served
+  from infer.beam import BeamSearch
+  from infer.engine import Request
+  from infer.grammar import GrammarCompiler
+  from infer.sampling import Sampling
+  from infer.tools import CallReader, find_style
 
   def make_request(prompt, settings, grammar, user, beams=None):
     return Request(prompt=prompt, sampling=Sampling(**settings), grammar=grammar, user=user,
@@ -152,12 +160,11 @@ def _load(args):
     "tools": lambda names: CallReader(style, names, run.tokenizer.specials),
     "force_call": lambda functions: force_answer(style, functions, chat)}
   room = engine.gauges()["pages_total"] // engine.n_ways * args.page_size  # Of one text, if it had all pages.
-  served = Served(
+  return Served(
     name=args.name or run.path.resolve().name, tokenizer=run.tokenizer, make_request=make_request,
     max_length=min(engine.max_length, int(room)), chat=chat,
     begins_with_bos=args.run is not None or run.tokenizer.add_bos,
     grammars=GrammarCompiler(run.tokenizer, cfg.padded_vocab_size, stop_ids), **tools)
-  return served, engine
 
 
 def force_answer(style, functions, chat):

@@ -179,7 +179,7 @@ class Worker:
     try:
       while not self._closed.is_set():
         self._beat = time.monotonic()
-        self._obey(wait=not self._engine.has_work)
+        self._obey(wait=not self._engine.has_work and not self._engine.run_first())
         if self._engine.has_work:
           now = time.monotonic()
           events = self._engine.step()

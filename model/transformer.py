@@ -325,6 +325,7 @@ def stack_dims(cfg, path: str) -> int:
   return 0 if not path.startswith("blocks/") else 1 if cfg.pipeline_repeats == 1 else 2
 
 
+@functools.lru_cache(maxsize=1)  # Who reads a model asks, and then who runs it.
 def abstract_params(cfg, mesh):
   """(graphdef, params): nested dicts of sharded ShapeDtypeStructs. `mesh` may be an AbstractMesh: no device
   is needed."""
@@ -380,12 +381,10 @@ def _repeat(cfg):
   return lambda path, a: a.reshape(v, -1, *a.shape[1:]) if stack_dims(cfg, path) == 2 else a
 
 
-def unstack(cfg, params, turns=None):
-  """(params without the blocks' arrays, one tree of arrays a layer): decode reads each layer's weights where
-  they lie, instead of a slice of the stack. With `turns`, of `turn_weights`, they are turned, in one copy."""
-  stacks = {name: params[name] for name in ("first_blocks", "blocks") if name in params}
-  heads = {name: params[name] for name in (turns.heads if turns else ())}
-
+def make_unstack(cfg, turns=None):
+  """params -> (params without the blocks' arrays, one tree of arrays a layer), traced once: decode reads each
+  layer's weights where they lie, instead of a slice of the stack. With `turns`, of `turn_weights`, they are
+  turned, in one copy."""
   @jax.jit
   def slice_all(stacks, heads):
     turn_one = lambda n, a: jnp.moveaxis(a, range(n), range(-n, 0))
@@ -396,12 +395,16 @@ def unstack(cfg, params, turns=None):
       layers.append(jax.tree.map(turn_one, turns.layers[n], layer) if turns else layer)
     return layers, {name: turn_one(1, a) for name, a in heads.items()}
 
-  layers, heads = slice_all(stacks, heads)
-  return {**params, **jax.tree.map(lambda a: jnp.zeros(()), stacks), **heads}, layers
+  def unstack(params):
+    stacks = {name: params[name] for name in ("first_blocks", "blocks") if name in params}
+    layers, heads = slice_all(stacks, {name: params[name] for name in (turns.heads if turns else ())})
+    return {**params, **jax.tree.map(lambda a: jnp.zeros(()), stacks), **heads}, layers
+
+  return unstack
 
 
 class Turns(typing.NamedTuple):
-  """Which weights of `unstack` are turned."""
+  """Which weights of `make_unstack` are turned."""
   layers: list  # For each layer's arrays: how many dims, as model.products has it.
   heads: tuple[str, ...]  # Parameters beside them, by one dim.
 

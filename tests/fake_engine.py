@@ -84,12 +84,14 @@ class FakeEngine:
     delay: seconds a step takes.
     fault: raised by the next step, if it is an exception; a function is called.
     requests: all that were submitted.
+    n_unrun: programs that never ran.
   """
 
   def __init__(self, slots: int = 4, pages: int = 1000, delay: float = 0.0):
     self.slots, self.pages, self.delay, self.fault = slots, pages, delay, None
     self.requests, self.counters = [], collections.Counter()
     self._running, self._waiting, self._ids = {}, collections.OrderedDict(), 0
+    self.n_unrun = 0
 
   def submit(self, request: Request) -> int:
     if len(request.prompt) > self.pages:
@@ -110,6 +112,10 @@ class FakeEngine:
   @property
   def has_work(self) -> bool:
     return bool(self._running or self._waiting)
+
+  def run_first(self) -> bool:
+    self.n_unrun -= self.n_unrun > 0
+    return self.n_unrun > 0
 
   def gauges(self) -> dict[str, float]:
     return {"running": len(self._running), "waiting": len(self._waiting),

@@ -388,6 +388,22 @@ def test_nothing_compiles_after_warm_up(n):
   assert engine.counters["compiles"] == before and engine.counters["steps"] > 50
 
 
+def test_compiled_programs_serve_before_they_ran():
+  """What ran for a request is not run on nothing any more, and the texts are as after `warm_up`."""
+  make = lambda: Engine(*params_of("gqa")[::2], mesh_of("one"), slots=4, page_size=4, max_length=200,
+                        prefill_chunk=16, row_buckets=(1, 4))
+  texts, engine, warm = texts_of((30, 20), (9, 1)), make(), make()
+  engine.compile_all()
+  warm.warm_up()
+  assert not warm.run_first() and set(engine._unrun) == set(engine.programs) == set(warm.programs)
+  for got, wanted in zip(forced_logprobs(engine, texts), forced_logprobs(warm, texts)):
+    np.testing.assert_array_equal(got, wanted)
+  n = len(engine._unrun)
+  assert 0 < n < len(engine.programs)
+  assert [engine.run_first() for _ in range(n + 1)] == [True] * n + [False]
+  assert engine.counters["compiles"] == warm.counters["compiles"] == len(engine.programs)
+
+
 def test_weights_are_read_while_programs_are_compiled(monkeypatch):
   """And what goes wrong then comes out: of warm_up, or of the first step."""
   cfg, _, params = params_of("gqa")

@@ -23,7 +23,7 @@ from model.kernels.grouped import GROUPED
 from model.kernels.paged import Where, by_sequence, paged
 from model.kernels.platform import choose
 from model.sharding import MESH_AXES, abstract_mesh, fit, make_mesh, on_devices, place
-from model.transformer import abstract_params, unstack
+from model.transformer import abstract_params, make_unstack
 from tests.tiny import MOE, abstract_batch, model_config, packed_batch, trace_step
 from train.step import abstract_state, make_train_step
 
@@ -250,7 +250,7 @@ def test_the_engines_step_compiles(name, monkeypatch):
   cfg = decode_config(cfg, mesh)
   graphdef, params = abstract_params(cfg, mesh)
   with jax.set_mesh(mesh):
-    weights = jax.eval_shape(lambda p: unstack(cfg, p), params)
+    weights = jax.eval_shape(make_unstack(cfg), params)
     state = jax.eval_shape(lambda: empty_state(cfg, 2, 16, 100, 16, None))
     inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(
       mesh, cfg.rules("batch", *[None] * (a.ndim - 1)))), dataclasses.replace(

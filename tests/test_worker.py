@@ -236,3 +236,20 @@ def test_closing_ends_both_threads():
   run(test)
   time.sleep(0.6)
   assert threading.active_count() <= before
+
+
+def test_programs_run_first_while_nobody_asks():
+  """And who asks meanwhile does not wait for all of them."""
+  engine = FakeEngine()
+  engine.n_unrun, ran = 10**6, engine.run_first
+
+  async def test(worker, engine, died):
+    assert await read(worker.submit([request("one")])) == [b"one"]
+    assert 0 < engine.n_unrun < 10**6
+    engine.n_unrun = 3
+    while engine.n_unrun:
+      await asyncio.sleep(0.01)
+    assert await read(worker.submit([request("two")])) == [b"two"]
+
+  engine.run_first = lambda: time.sleep(0.001) or ran()
+  run(test, engine)

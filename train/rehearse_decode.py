@@ -12,7 +12,7 @@ from infer.step import empty_inputs, empty_state, run_step, stack_inputs
 from model.cache import init_paged_cache
 from model.count import active_parameters, cache_bytes, decode_bytes_per_token, read_bytes
 from model.sharding import ways
-from model.transformer import abstract_params, unstack
+from model.transformer import abstract_params, make_unstack
 
 ROOM = 0.9  # Of HBM: what weights and caches may take; activations and the program need the rest.
 
@@ -52,7 +52,7 @@ def abstract_weights(model, mesh):
   """What a step takes, as ShapeDtypeStructs: in the compute dtype, one tree a layer."""
   _, params = abstract_params(model, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    made = jax.eval_shape(lambda params: unstack(model, cast_params(model, params)), params)
+    made = jax.eval_shape(lambda params: make_unstack(model)(cast_params(model, params)), params)
   return _placed(made, mesh)
 
 

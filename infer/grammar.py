@@ -22,6 +22,8 @@ WHITE = r"[ \n\r\t]{1,32}"  # In JSON: a model that writes nothing else must com
 LIMITS = {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 100_000, "step_max_items": 50_000,
           "max_lexer_states": 50_000, "max_grammar_size": 100_000, "verbose_errors": False}
 CACHED = 32  # Compiled grammars that are kept; the states of one may come to 15 MB.
+# Letters of a time: RFC 3339 takes any number of digits of a second, and a model may write them for ever.
+LONGEST = {"time": len("23:59:59.123456789+00:00"), "date-time": len("2026-11-27T23:59:59.123456789+00:00")}
 FIND_S = 0.3  # Looking for the place of a mistake in a schema.
 
 
@@ -237,7 +239,18 @@ def _read_schema(text: str) -> dict:
     raise ValueError(f"json_schema must be an object, got {text[:40]!r}")
   _check_depth(schema)
   schema.pop("x-guidance", None)  # Settings of the library, which are not the client's.
+  _bound_times(schema)
   return schema
+
+
+def _bound_times(schema):
+  """Within the schema, whose other parts stay as they are."""
+  if (longest := LONGEST.get(str(schema.get("format")))) is not None:
+    said = schema.get("maxLength", longest)
+    schema["maxLength"] = min(said, longest) if type(said) is int else said
+  for name, child in _parts(schema):
+    if isinstance(child, dict) and name != "not":
+      _bound_times(child)
 
 
 def _refuse_constant(name):

@@ -166,6 +166,22 @@ def check_schema(schema, text):
     is_format(value, schema["format"])
 
 
+@pytest.mark.parametrize("within", [
+  lambda time: time, lambda time: {"anyOf": [INTEGER, time]}, lambda time: closed(a=time),
+  lambda time: {"$defs": {"t": time}, **ARRAY, "items": {"$ref": "#/$defs/t"}, "maxItems": 1}])
+def test_times_come_to_an_end(compiler, within):
+  """No longer than nine digits of a second and an offset make them, or than was asked for."""
+  for more, digits in (({}, 14), ({"maxLength": 99}, 14), ({"maxLength": 12}, 2)):
+    schema = within({**STRING, "format": "time", **more})
+    opening = {"anyOf": '"', "properties": '{"a":"', "$defs": '["'}
+    text = next((o for key, o in opening.items() if key in schema), '"') + "20:30:32." + "1" * digits
+    grammar = compiler.compile("json_schema", json.dumps(schema))
+    for c in text.encode():
+      grammar.push(letter(compiler, grammar, bytes([c])))
+    may = {compiler.tokenizer.token_bytes[i] for i in allowed(grammar) if i < compiler.tokenizer.vocab_size}
+    assert may and {raw[:1] for raw in may} <= {b"Z", b"z"}, may
+
+
 def run_schemas(compiler, n_each):
   rng, seconds, count = np.random.default_rng(0), [], 0
   for schema in SCHEMAS:

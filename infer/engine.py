@@ -5,7 +5,7 @@ add in other orders.
 
 The device keeps the pages of all caches, and each slot's last token and what was seen of it: a step needs
 nothing that the step before made, so it is dispatched before that is read. Shapes are few: R sequences that
-feed their last token, and a chunk of C tokens of prompts. After `warm_up` nothing is compiled.
+feed their last token, and a chunk of C tokens of prompts. After `compile_all` nothing is compiled.
 """
 import collections
 import concurrent.futures

@@ -116,7 +116,7 @@ def _parse(parser, argv):
 
 
 def _load(args):
-  """(what is served, its engine, warmed up).
+  """(what is served, its engine, whose programs are compiled).
 
   Raises:
     ValueError: a mistake in the flags, or a folder that is not what they say.

@@ -120,32 +120,31 @@ def by_pages(q_BTNH, page_BL, pos_BT, place_BT, *, read, window, scale, cap, tog
   T, N = q_BTNH.shape[1:3]
   k, v = jax.eval_shape(read, page_BL[:, 0])
   K, A, width = k.shape[1], k.shape[2] * n, v.shape[3]
-  q_BKQH = jnp.einsum("BTKGH->BKTGH", q_BTNH.reshape(B, T, K, N // K, -1)).reshape(B, K, T * N // K, -1)
-  place_BQ = jnp.repeat(place_BT, N // K, axis=1)
-  reach_BQ = jnp.repeat(pos_BT + 1 if window is None else jnp.minimum(pos_BT + 1, window), N // K, axis=1)
+  q_BKTGH = jnp.einsum("BTKGH->BKTGH", q_BTNH.reshape(B, T, K, N // K, -1))
+  reach_BT = pos_BT + 1 if window is None else jnp.minimum(pos_BT + 1, window)
 
   def step(l, carry):
-    top_BKQ, total_BKQ, out_BKQH = carry
+    top_BKTG, total_BKTG, out_BKTGH = carry
     page_B = jax.lax.dynamic_index_in_dim(page_Bln, l, axis=1, keepdims=False).reshape(-1)
     k_BKAH, v_BKAH = (x.reshape(B, n, *x.shape[1:]).swapaxes(1, 2).reshape(B, K, A, -1)
                       for x in read(page_B))
-    behind_BQA = place_BQ[:, :, None] - (l * A + jnp.arange(A))[None, None]
-    visible_BQA = (behind_BQA >= 0) & (behind_BQA < reach_BQ[:, :, None])
-    logits_BKQA = jnp.einsum("BKQH,BKAH->BKQA", q_BKQH, k_BKAH, preferred_element_type=jnp.float32)
-    logits_BKQA = jnp.where(visible_BQA[:, None], softcap(logits_BKQA * scale, cap), HIDDEN)
-    new_BKQ = jnp.maximum(top_BKQ, logits_BKQA.max(-1))
-    weight_BKQA = jnp.exp(logits_BKQA - new_BKQ[..., None])
-    shrink_BKQ = jnp.exp(top_BKQ - new_BKQ)
+    behind_BTA = place_BT[:, :, None] - (l * A + jnp.arange(A))[None, None]
+    visible_BTA = (behind_BTA >= 0) & (behind_BTA < reach_BT[:, :, None])
+    logits_BKTGA = jnp.einsum("BKTGH,BKAH->BKTGA", q_BKTGH, k_BKAH, preferred_element_type=jnp.float32)
+    logits_BKTGA = jnp.where(visible_BTA[:, None, :, None], softcap(logits_BKTGA * scale, cap), HIDDEN)
+    new_BKTG = jnp.maximum(top_BKTG, logits_BKTGA.max(-1))
+    weight_BKTGA = jnp.exp(logits_BKTGA - new_BKTG[..., None])
+    shrink_BKTG = jnp.exp(top_BKTG - new_BKTG)
     # What no query may see must not reach a sum, were it NaN.
-    v_BKAH = jnp.where(visible_BQA.any(axis=1)[:, None, :, None], v_BKAH, 0)
-    value_BKQH = jnp.einsum("BKQA,BKAH->BKQH", weight_BKQA.astype(v_BKAH.dtype), v_BKAH,
-                            preferred_element_type=jnp.float32)
-    return (new_BKQ, total_BKQ * shrink_BKQ + weight_BKQA.sum(-1),
-            out_BKQH * shrink_BKQ[..., None] + value_BKQH)
+    v_BKAH = jnp.where(visible_BTA.any(axis=1)[:, None, :, None], v_BKAH, 0)
+    value_BKTGH = jnp.einsum("BKTGA,BKAH->BKTGH", weight_BKTGA.astype(v_BKAH.dtype), v_BKAH,
+                             preferred_element_type=jnp.float32)
+    return (new_BKTG, total_BKTG * shrink_BKTG + weight_BKTGA.sum(-1),
+            out_BKTGH * shrink_BKTG[..., None] + value_BKTGH)
 
-  first = 0 if window is None else (place_BQ - reach_BQ + 1).min() // A
-  empty = jnp.zeros(q_BKQH.shape[:3], jnp.float32)
+  first = 0 if window is None else (place_BT - reach_BT + 1).min() // A
+  empty = jnp.zeros(q_BKTGH.shape[:4], jnp.float32)
   carry = empty + HIDDEN, empty, jnp.zeros((*empty.shape, width), jnp.float32)
-  _, total_BKQ, out_BKQH = jax.lax.fori_loop(first, place_BT.max() // A + 1, step, carry)
-  out_BKTGH = (out_BKQH / total_BKQ[..., None]).reshape(B, K, T, N // K, width)
-  return jnp.einsum("BKTGH->BTKGH", out_BKTGH).reshape(B, T, N, width).astype(q_BTNH.dtype)
+  _, total_BKTG, out_BKTGH = jax.lax.fori_loop(first, place_BT.max() // A + 1, step, carry)
+  out_BTKGH = jnp.einsum("BKTGH->BTKGH", out_BKTGH / total_BKTG[..., None])
+  return out_BTKGH.reshape(B, T, N, width).astype(q_BTNH.dtype)

@@ -380,9 +380,14 @@ def _huggingface_bytes(path, decoder: dict):
   kinds = [d["type"] for d in decoder.get("decoders", [decoder]) if "type" in d]
   if "ByteLevel" in kinds:
     table = _byte_level()
-    return lambda token: (
-      bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
-    )
+
+    def spelled(token):
+      try:
+        return bytes([table[c] for c in token])
+      except KeyError:  # An added token, as it is.
+        return token.encode()
+
+    return spelled
   if "ByteFallback" in kinds or "Metaspace" in kinds:
     byte = re.compile(r"<0x([0-9A-F]{2})>")
     return lambda token: (bytes([int(m[1], 16)]) if (m := byte.fullmatch(token))

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from infer.beam import BeamSearch, Hypothesis, Search
+from infer.compile_cache import many_frees
 from infer.load import cast_params, decode_config
 from infer.sampling import MOST_STOP_IDS, MOST_TOP, Sampling
 from infer.scheduler import PAGE_SIZE, Scheduler
@@ -91,12 +92,13 @@ class Engine:
         they are read while programs are compiled, and what goes wrong comes out of what needs them first.
       stop_ids: tokens that end a text.
       slots: most requests that run together; a multiple of the ways of the batch.
-      n_pages: of all pools together; None: as many as `slots` requests of max_length need.
+      n_pages: of all pools together; None: half of what `slots` requests of max_length need, as most texts
+        end long before; at least one fits.
       max_length: most tokens of a prompt and its text; None: the model's, or 2048.
       prefill_chunk: most tokens of prompts that are fed in a step; fewer while others make tokens, as these
         wait for it.
-      row_buckets: for how many requests that make a token, of one way, there are programs; None: 1, 4,
-        16, ... and as many as there are slots.
+      row_buckets: for how many requests that make a token, of one way, there are programs; None: 1, 8,
+        16, 32, ... and as many as there are slots.
       cache_dtype: "int8", or the compute dtype.
       ring_windows: layers with a window keep no more than that needs, for each slot. Then no prefix is found
         again, and there are no beams.
@@ -116,8 +118,9 @@ class Engine:
     self.n_ways = ways(mesh, self.cfg.rules.batch)
     self.slots = -(-slots // self.n_ways)
     self._pages_each = -(-self.max_length // page_size)
-    self.n_pages = (self.slots * self._pages_each if n_pages is None else -(-n_pages // self.n_ways)) + 1
-    self.row_buckets = row_buckets or _buckets(1, self.slots)
+    self.n_pages = 1 + (max(self.slots // 2, 1) * self._pages_each if n_pages is None else
+                        -(-n_pages // self.n_ways))
+    self.row_buckets = row_buckets or _row_buckets(self.slots)
     self.chunk_sizes = _chunk_sizes(prefill_chunk)
     # Chunk -> rows: one less than there are slots, as a prompt has one, where all are of one way. The longest
     # is a program for prompts alone, which may take its time.
@@ -154,8 +157,8 @@ class Engine:
 
     def load():
       with jax.set_mesh(self.mesh):
-        read = params.read() if is_unread else params
-        self._weights = make_weights(jax.device_put(read, places))
+        self._weights = make_weights(jax.device_put(params.read() if is_unread else params, places))
+        jax.block_until_ready(self._weights)  # What was read makes room for the caches.
         self._state = jax.jit(make_state)()
 
     loader = concurrent.futures.ThreadPoolExecutor(1)
@@ -280,7 +283,7 @@ class Engine:
     shapes = [(R, 0) for R in self.row_buckets] + [(R, C) for C, R in self._chunks.items()]
     new = [key for key in ("fork", *reversed(shapes)) if key not in self.programs]
     weights, state = self._shapes
-    with concurrent.futures.ThreadPoolExecutor(2) as compilers:
+    with many_frees(), concurrent.futures.ThreadPoolExecutor(2) as compilers:
       compiled = {}
       for key in new:
         if self._loaded.done():
@@ -542,6 +545,6 @@ def _chunk_sizes(most: int) -> tuple[int, ...]:
   return tuple(sorted({least, max(most // 4 // least * least, least), most}))
 
 
-def _buckets(least: int, most: int) -> tuple[int, ...]:
-  """least, 4 least, 16 least, ... and most."""
-  return (*(n for n in (least * 4**i for i in range(16)) if n < most), most)
+def _row_buckets(most: int) -> tuple[int, ...]:
+  """1, 8, 16, 32, ... and most: of fewer than 8 rows most of a step is the reading of weights."""
+  return (*(n for n in (1, *(8 * 2**i for i in range(16))) if n < most), most)

@@ -29,7 +29,7 @@ from infer.scheduler import PAGE_SIZE
 NUMBERS = {
   "slots": (int, 16, 1, "texts made at a time"),
   "max_length": (int, None, 2, "most tokens of a prompt and its text (the model's)"),
-  "pages": (int, None, 2, "of the cache (so many that every slot can be filled)"),
+  "pages": (int, None, 2, "of the cache (half of what would fill every slot)"),
   "page_size": (int, PAGE_SIZE, 1, "tokens a page"),
   "prefill_chunk": (int, 256, 1, "tokens of prompts read at once; beside texts a quarter"),
   "tensor": (int, 1, 1, "devices that share each layer"),

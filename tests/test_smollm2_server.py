@@ -50,8 +50,8 @@ def gauge(port, name):
 
 
 def test_a_second_start_takes_at_most_a_quarter_of_the_first(tmp_path):
-  """From the command to the first answer of /health, with all programs of the usual settings. It comes before
-  the others' server takes its memory: what a virtual machine must ask its host for takes seconds each time."""
+  """From the command to the first answer of /health, with all programs of the usual settings. Before
+  the others' server takes memory: what a virtual machine must ask its host for takes seconds each time."""
   env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"), "XLA_FLAGS": ""}
   seconds = []
   for _ in range(2):

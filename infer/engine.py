@@ -92,8 +92,8 @@ class Engine:
         they are read while programs are compiled, and what goes wrong comes out of what needs them first.
       stop_ids: tokens that end a text.
       slots: most requests that run together; a multiple of the ways of the batch.
-      n_pages: of all pools together; None: half of what `slots` requests of max_length need, as most texts
-        end long before; at least one fits.
+      n_pages: of all pools together; None: what half the slots need for requests of max_length, as most texts
+        end long before. A search whose beams could need more than all is refused.
       max_length: most tokens of a prompt and its text; None: the model's, or 2048.
       prefill_chunk: most tokens of prompts that are fed in a step; fewer while others make tokens, as these
         wait for it.
@@ -118,7 +118,7 @@ class Engine:
     self.n_ways = ways(mesh, self.cfg.rules.batch)
     self.slots = -(-slots // self.n_ways)
     self._pages_each = -(-self.max_length // page_size)
-    self.n_pages = 1 + (max(self.slots // 2, 1) * self._pages_each if n_pages is None else
+    self.n_pages = 1 + (-(-self.slots // 2) * self._pages_each if n_pages is None else
                         -(-n_pages // self.n_ways))
     self.row_buckets = row_buckets or _row_buckets(self.slots)
     self.chunk_sizes = _chunk_sizes(prefill_chunk)

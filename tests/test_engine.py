@@ -478,6 +478,14 @@ def test_a_cancelled_prompt_gets_no_more_tokens():
   assert engine.gauges() == {"running": 0, "waiting": 0, "pages_used": 0, "pages_total": half}
 
 
+@pytest.mark.parametrize("slots, rows, full", [(1, (1,), 1), (3, (1, 3), 2), (20, (1, 8, 16, 20), 10)])
+def test_what_there_is_by_default(slots, rows, full):
+  """Programs for few rows and many, and pages for half the slots; a text as long as can be fits always."""
+  engine = make_engine("gqa", slots=slots, row_buckets=None)
+  assert engine.row_buckets == rows and engine.gauges()["pages_total"] == full * 200 // 4
+  engine.cancel(engine.submit(Request(prompt=[1], sampling=Sampling(max_tokens=199))))
+
+
 def test_seconds_are_told_apart():
   engine = make_engine("gqa")
   collect(engine, random_prompts(60, 60), Sampling(max_tokens=8))  # What is compiled is compiled.

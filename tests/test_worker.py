@@ -238,6 +238,24 @@ def test_closing_ends_both_threads():
   assert threading.active_count() <= before
 
 
+def test_closing_waits_for_what_runs():
+  """XLA aborts a process that ends while a program runs for the first time."""
+  engine, begun, ended = FakeEngine(), threading.Event(), threading.Event()
+
+  async def test(worker, engine, died):
+    await asyncio.to_thread(begun.wait)
+
+  def run_first():
+    begun.set()
+    time.sleep(0.5)
+    ended.set()
+    return False
+
+  engine.run_first = run_first
+  run(test, engine)
+  assert ended.is_set()
+
+
 def test_programs_run_first_while_nobody_asks():
   """And who asks meanwhile does not wait for all of them."""
   engine = FakeEngine()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.products import multiply, turned
-from model.sharding import on_devices
+from model.sharding import is_alone, on_devices
 
 # name -> (cfg, fan_in) -> standard deviation of a weight.
 INIT = {
@@ -126,7 +126,7 @@ def sum_over(y, over, finer):
   if finer:
     y = jax.lax.psum_scatter(y, finer, scatter_dimension=1, tiled=True)
   rest = tuple(axis for axis in over if axis not in finer)
-  return jax.lax.psum(y, rest) if rest else y
+  return jax.lax.psum(y, rest) if rest and not is_alone() else y
 
 
 def names(specs) -> tuple[str, ...]:

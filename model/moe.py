@@ -133,7 +133,7 @@ def _sums(cfg, shape, ids_nk, prob_nE, logits_nE, real_n, dropped):
 
 
 def _sum(x, axes):
-  return jax.lax.psum(x, axes) if axes else x
+  return sum_over(x, axes, ())
 
 
 def dropless(cfg, experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, move=None):

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import math
+import re
 import threading
 
 import jax
@@ -484,6 +485,15 @@ def test_what_there_is_by_default(slots, rows, full):
   engine = make_engine("gqa", slots=slots, row_buckets=None)
   assert engine.row_buckets == rows and engine.gauges()["pages_total"] == full * 200 // 4
   engine.cancel(engine.submit(Request(prompt=[1], sampling=Sampling(max_tokens=199))))
+
+
+@pytest.mark.parametrize("case", ("gqa", "moe"))
+def test_one_device_exchanges_nothing(case):
+  """XLA:CPU keeps a collective of one device, and runs it."""
+  engine = make_engine(case)
+  collect(engine, random_prompts(20), Sampling(max_tokens=2))
+  for program in engine.programs.values():
+    assert not re.search(r"(all-|reduce-scatter|collective-)[a-z-]*\(", program.as_text())
 
 
 def test_seconds_are_told_apart():

@@ -138,7 +138,7 @@ class Engine:
     self._begin_to_load(params, cache_dtype, prefill_chunk if ring_windows else None)
 
   def _begin_to_load(self, params, cache_dtype, ring_chunk):
-    """The shapes of weights and state are known at once; both are there when `_loaded` is done."""
+    """The shapes of weights and state are known at once; the weights are there when `_loaded` is done."""
     with jax.set_mesh(self.mesh):
       graphdef, abstract = abstract_params(self.cfg, self.mesh)
       turns = None
@@ -148,24 +148,30 @@ class Engine:
       places = jax.tree.map(lambda a: a.sharding, abstract)
       unstack = make_unstack(self.cfg, turns)
       make_weights = lambda params: unstack(cast_params(self.cfg, params))
-      make_state = functools.partial(empty_state, self.cfg, self.n_ways, self.slots, self.n_pages,
-                                     self.page_size, cache_dtype, ring_chunk)
+      self._state, self._make_state = None, functools.partial(
+        empty_state, self.cfg, self.n_ways, self.slots, self.n_pages, self.page_size, cache_dtype, ring_chunk)
       is_unread = isinstance(params, Unread)
       shapes = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
                             params.abstract if is_unread else params, places)
-      self._shapes = jax.eval_shape(make_weights, shapes), jax.eval_shape(make_state)
+      self._shapes = jax.eval_shape(make_weights, shapes), jax.eval_shape(self._make_state)
 
     def load():
       with jax.set_mesh(self.mesh):
         self._weights = make_weights(jax.device_put(params.read() if is_unread else params, places))
         jax.block_until_ready(self._weights)  # What was read makes room for the caches.
-        self._state = jax.jit(make_state)()
 
     loader = concurrent.futures.ThreadPoolExecutor(1)
     self._loaded = loader.submit(load)
     loader.shutdown(wait=False)
     if not is_unread:
-      self._loaded.result()
+      self._prepare()
+
+  def _prepare(self):
+    """Waits for the weights, and makes the state where there is none."""
+    self._loaded.result()
+    if self._state is None:
+      with jax.set_mesh(self.mesh):
+        self._state = jax.jit(self._make_state)()
 
   # What others see.
 
@@ -296,6 +302,8 @@ class Engine:
       self.programs |= {key: program.result() for key, program in compiled.items()}
     self._unrun += new
     self._loaded.result()
+    if self.mesh.devices.flat[0].platform != "cpu":  # There zeros take their time; others may lack room.
+      self._prepare()
     self._counters["compiles"] += len(new)
     self._counters["compile_s"] += time.perf_counter() - began
 
@@ -399,6 +407,7 @@ class Engine:
 
   def _fork(self, plans):
     """The texts of searches go on with the tokens that were chosen, in pages of their own."""
+    self._prepare()
     self._state = self._compiled("fork", fork, 0, self._state, *self._put_forks(plans))
 
   def _put_forks(self, plans):
@@ -412,7 +421,7 @@ class Engine:
     return self._put([slot_WN, token_WN, from_WN, to_WN])
 
   def _run(self, plans, R, C):
-    self._loaded.result()
+    self._prepare()
     self._state, made = self._compiled((R, C), self._one_step, 2, self._weights,
                                        self._put_changed(plans, R, C), self._state)
     return made

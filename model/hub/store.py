@@ -57,9 +57,12 @@ class StateWriter:
     self._transaction, self._pending = None, 0
 
   def _create(self, name, leaf, chunk):
+    # Read in half the time of Orbax's zstd, and about as short.
+    lz4 = {"cname": "lz4", "clevel": 1, "shuffle": "shuffle", "typesize": np.dtype(leaf.dtype).itemsize,
+           "blocksize": 0}
     inner = {"chunk_shape": list(chunk),
              "codecs": [{"name": "bytes", "configuration": {"endian": "little"}},
-                        {"name": "zstd", "configuration": {"level": 1}}]}
+                        {"name": "blosc", "configuration": lz4}]}
     return ts.open({
       "driver": "zarr3",
       "kvstore": {"driver": "ocdbt", "base": f"file://{self._path}", "path": name.replace("/", ".") + "/"},

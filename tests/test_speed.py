@@ -127,7 +127,10 @@ def run_bench(*flags):
 @pytest.mark.slow
 @needs_transformers
 def test_the_engine_is_not_slower_than_transformers(smollm2):
-  """Float32, as many threads as there are cores on both sides; decode of 1, 8 and 16 texts, and prefill."""
+  """Float32, as many threads as there are cores on both sides; decode of 1, 8 and 16 texts, and prefill.
+
+  Known to fail at prefill where a CPU has AVX-512 (0.79 to 0.86): MKL gains more by it than YNNPACK does.
+  """
   line = run_bench("engine", f"--model={smollm2}", "--against=transformers")
   print(bench.table(line["points"]))
   assert [(p["what"], p["batch"]) for p in line["points"]] == [

@@ -124,12 +124,13 @@ class Worker:
     self._watchdog.start()
 
   def close(self) -> None:
-    """Ends both threads after the step that runs, and waits for it: a process that ends amid one may crash.
-    An engine that is dead or stands still is left behind."""
+    """Ends both threads after the step that runs, and waits for them: a process that ends amid a step may
+    crash. An engine that is dead or stands still is left behind."""
     self._closed.set()
     self.commands.put(("wake", None, None))
-    if self.fault is None and self._thread.is_alive():
-      self._thread.join(self.stuck_s)
+    for thread in (self._thread, self._watchdog):
+      if self.fault is None and thread.is_alive():
+        thread.join(self.stuck_s)
 
   def submit(self, requests: list) -> Call:
     """Raises Refusal: 503 where the engine is dead or about to end, 429 where too many wait."""

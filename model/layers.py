@@ -121,7 +121,7 @@ def finer_than_length(rules, over):
   return rest if rules.residual[:n] == rules.length and set(rest) <= set(over) else ()
 
 
-def sum_over(y, over, finer):
+def sum_over(y, over, finer=()):
   """Inside on_devices: the sum over `over`, of which `finer` leave each device a part of dim 1."""
   if finer:
     y = jax.lax.psum_scatter(y, finer, scatter_dimension=1, tiled=True)

@@ -120,7 +120,7 @@ def _sums(cfg, shape, ids_nk, prob_nE, logits_nE, real_n, dropped):
   load_bE = (ids_nk.reshape(b, t * k, 1) == jnp.arange(E)[None, None]).sum(1).astype(jnp.float32)
   # A row's tokens may be on several devices; f and P are of the whole row.
   row_load, row_prob, row_n = (
-      _sum(a, rules.length) for a in (load_bE, prob_bE, real_bt.sum(1).astype(jnp.float32)))
+      sum_over(a, rules.length) for a in (load_bE, prob_bE, real_bt.sum(1).astype(jnp.float32)))
   sequence_b = E / k * (row_load * row_prob).sum(-1) / jnp.maximum(row_n, 1)
   entropy_n = jax.scipy.special.entr(jax.lax.stop_gradient(prob_nE)).sum(-1)
   over_tokens = {
@@ -128,12 +128,8 @@ def _sums(cfg, shape, ids_nk, prob_nE, logits_nE, real_n, dropped):
     "z": jnp.where(real_n, jax.nn.logsumexp(logits_nE, axis=-1) ** 2, 0).sum(),
     "entropy": jnp.where(real_n, entropy_n, 0).sum(),
     "dropped": dropped.astype(jnp.float32), "tokens": real_n.sum().astype(jnp.float32)}
-  sums = {name: _sum(a, rules.batch + rules.length) for name, a in over_tokens.items()}
-  return sums | {"sequence": _sum(sequence_b.sum(), rules.batch)}
-
-
-def _sum(x, axes):
-  return sum_over(x, axes, ())
+  sums = {name: sum_over(a, rules.batch + rules.length) for name, a in over_tokens.items()}
+  return sums | {"sequence": sum_over(sequence_b.sum(), rules.batch)}
 
 
 def dropless(cfg, experts, room, x_nD, ids_nk, weights_nk, n_experts, n_groups=1, move=None):

@@ -251,7 +251,7 @@ class Transformer(nnx.Module):
         row_bt = tokens_bt - jax.lax.axis_index(rules.vocab) * v
         there_bt1 = ((row_bt >= 0) & (row_bt < v))[..., None]
         x_btd = jnp.where(there_bt1, table_vd[jnp.clip(row_bt, 0, v - 1)], 0).astype(cfg.compute_dtype)
-        x_btd = sum_over(x_btd, rules.vocab, ())
+        x_btd = sum_over(x_btd, rules.vocab)
       return jax.lax.all_to_all(x_btd, over, split_axis=0, concat_axis=2, tiled=True) if over else x_btd
 
     x_BTD = on_devices(local, (spec, rules("batch", "length")), rules("batch", "length", None))(

@@ -129,7 +129,7 @@ def run_bench(*flags):
 def test_the_engine_is_not_slower_than_transformers(smollm2):
   """Float32, as many threads as there are cores on both sides; decode of 1, 8 and 16 texts, and prefill.
 
-  Known to fail at prefill where a CPU has AVX-512 (0.79 to 0.86): MKL gains more by it than YNNPACK does.
+  Known to fail at prefill on a CPU with AVX-512 (0.79 to 0.86): products are as fast, attention is not.
   """
   line = run_bench("engine", f"--model={smollm2}", "--against=transformers")
   print(bench.table(line["points"]))

@@ -1,7 +1,7 @@
 """Packaging: what `pip install -e .` installs, and the extras. Tool settings live in pyproject.toml."""
 from setuptools import find_packages, setup
 
-SERVE = ["starlette>=0.46", "uvicorn>=0.35", "prometheus-client>=0.22",
+SERVE = ["starlette>=0.46", "uvicorn>=0.35", "prometheus-client>=0.22", "flatbuffers>=24",  # jax.export.
          "llguidance>=1.8"]  # Structured output. 1.7 does not bound white space.
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "tensorboardX>=2.6", "jsonschema>=4.20",
         "httpx>=0.27", "openai>=2", *SERVE]

@@ -22,7 +22,8 @@ ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 class Renderer:
-  """Runs chat templates in a process of their own (data/chat_render.py), started when it is first needed."""
+  """Runs chat templates in a process of their own (data/chat_render.py), started when it is first needed, or
+  with `start` while something else is done."""
 
   def __init__(self, seconds: float = SECONDS, max_chars: int = MAX_CHARS):
     self.seconds, self.max_chars = seconds, max_chars
@@ -41,12 +42,15 @@ class Renderer:
       raise ValueError(f"chat template: {reply['error']}")
     return reply["texts"]
 
-  def _ask(self, request: bytes) -> dict:
+  def start(self) -> None:
     if self._process is None or self._process.poll() is not None:
       program = str(pathlib.Path(__file__).with_name("chat_render.py"))
       self._process = subprocess.Popen(  # -P: the modules beside the program do not hide Python's own.
           [sys.executable, "-P", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
           stderr=subprocess.DEVNULL, start_new_session=True)
+
+  def _ask(self, request: bytes) -> dict:
+    self.start()
     process, answer = self._process, bytearray()
     deadline = time.monotonic() + 20 + 10 * self.seconds  # A busy machine is no fault of the template.
     try:

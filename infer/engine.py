@@ -21,7 +21,18 @@ from infer.compile_cache import many_frees
 from infer.load import cast_params, decode_config
 from infer.sampling import MOST_STOP_IDS, MOST_TOP, Sampling
 from infer.scheduler import PAGE_SIZE, Scheduler
-from infer.step import SCORED_TOGETHER, Inputs, empty_inputs, empty_state, fork, run_step, stack_inputs
+from infer.step import (
+  SCORED_TOGETHER,
+  Inputs,
+  empty_inputs,
+  empty_state,
+  fork,
+  made_like,
+  run_step,
+  stack_inputs,
+)
+from infer.traced import Traced
+from infer.weights import read_weights
 from model.config import ModelConfig
 from model.hub.orbax import Unread
 from model.sharding import place, ways
@@ -85,7 +96,8 @@ class Engine:
   def __init__(self, cfg: ModelConfig, params, mesh, *, stop_ids=(), slots: int = 16,
                page_size: int = PAGE_SIZE, n_pages: int | None = None, max_length: int | None = None,
                prefill_chunk: int = 256, row_buckets: tuple[int, ...] | None = None,
-               cache_dtype: str | None = None, keep_prefixes: bool = True, ring_windows: bool = False):
+               cache_dtype: str | None = None, keep_prefixes: bool = True, ring_windows: bool = False,
+               keep_traced: bool = False):
     """Args:
       cfg: of any rules; those of DECODE are used.
       params: of `model.transformer`, sharded anyhow. They are copied: cast, and one tree a layer. Or Unread:
@@ -102,6 +114,7 @@ class Engine:
       cache_dtype: "int8", or the compute dtype.
       ring_windows: layers with a window keep no more than that needs, for each slot. Then no prefix is found
         again, and there are no beams.
+      keep_traced: programs, as they were traced, for the next start (infer.traced).
 
     Raises:
       ValueError: the model cannot be split over the mesh, or one of these is out of range.
@@ -132,6 +145,7 @@ class Engine:
       most_parts=self._most_parts, most_pages=self._pages_each,
       keep_prefixes=keep_prefixes and not ring_windows) for _ in range(self.n_ways)]
     self.programs, self._there, self._counters = {}, {}, collections.Counter()
+    self._traced = Traced(self.cfg, mesh) if keep_traced else None
     self._unrun = []  # Of the programs, those that never ran.
     self._requests, self._next_id = {}, 0  # id -> _Running.
     self._unread = collections.deque()  # (plans, what the device made of them).
@@ -151,13 +165,15 @@ class Engine:
       self._state, self._make_state = None, functools.partial(
         empty_state, self.cfg, self.n_ways, self.slots, self.n_pages, self.page_size, cache_dtype, ring_chunk)
       is_unread = isinstance(params, Unread)
-      shapes = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-                            params.abstract if is_unread else params, places)
-      self._shapes = jax.eval_shape(make_weights, shapes), jax.eval_shape(self._make_state)
+      stacked = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+                             params.abstract if is_unread else params, places)
+      shapes = jax.eval_shape(make_weights, stacked)
+      self._shapes = shapes, jax.eval_shape(self._make_state)
 
     def load():
       with jax.set_mesh(self.mesh):
-        self._weights = make_weights(jax.device_put(params.read() if is_unread else params, places))
+        self._weights = (read_weights(self.cfg, self.mesh, params, shapes, turns) if is_unread else
+                         make_weights(jax.device_put(params, places)))
         jax.block_until_ready(self._weights)  # What was read makes room for the caches.
 
     loader = concurrent.futures.ThreadPoolExecutor(1)
@@ -295,9 +311,9 @@ class Engine:
         if self._loaded.done():
           self._loaded.result()  # Nothing is compiled for weights that cannot be read.
         if key == "fork":
-          lowered = self._lower(fork, 0, state, *self._put_forks([]))
+          lowered = self._lower(key, state, *self._put_forks([]))
         else:
-          lowered = self._lower(self._one_step, 2, weights, self._put_changed([], *key), state)
+          lowered = self._lower(key, weights, self._put_changed([], *key), state)
         compiled[key] = compilers.submit(lowered.compile)
       self.programs |= {key: program.result() for key, program in compiled.items()}
     self._unrun += new
@@ -408,7 +424,7 @@ class Engine:
   def _fork(self, plans):
     """The texts of searches go on with the tokens that were chosen, in pages of their own."""
     self._prepare()
-    self._state = self._compiled("fork", fork, 0, self._state, *self._put_forks(plans))
+    self._state, = self._compiled("fork", self._state, *self._put_forks(plans))
 
   def _put_forks(self, plans):
     slot_WN = np.full((self.n_ways, self.slots), self.slots, np.int32)
@@ -422,14 +438,13 @@ class Engine:
 
   def _run(self, plans, R, C):
     self._prepare()
-    self._state, made = self._compiled((R, C), self._one_step, 2, self._weights,
-                                       self._put_changed(plans, R, C), self._state)
+    self._state, made = self._compiled((R, C), self._weights, self._put_changed(plans, R, C), self._state)
     return made
 
-  def _compiled(self, key, function, donated, *args):
+  def _compiled(self, key, *args):
     if key not in self.programs:
       began = time.perf_counter()
-      self.programs[key] = self._lower(function, donated, *args).compile()
+      self.programs[key] = self._lower(key, *args).compile()
       self._counters["compiles"] += 1
       self._counters["compile_s"] += time.perf_counter() - began
     elif key in self._unrun:
@@ -437,9 +452,13 @@ class Engine:
     with jax.set_mesh(self.mesh):
       return self.programs[key](*args)
 
-  def _lower(self, function, donated, *args):
+  def _lower(self, key, *args):
+    function, state_at = (fork, 0) if key == "fork" else (self._one_step, 2)
     with jax.set_mesh(self.mesh):
-      return jax.jit(function, donate_argnums=donated).lower(*args)
+      if self._traced is None:
+        return jax.jit(function, donate_argnums=state_at).lower(*args)
+      made = () if key == "fork" else (made_like(has_chunk=key[1] > 0),)
+      return self._traced.lower(function, state_at, args, result=(args[state_at], *made))
 
   def _put_changed(self, plans, R, C) -> Inputs:
     """On the devices; what is as in the last step of this shape is there already."""

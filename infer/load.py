@@ -100,11 +100,15 @@ def _find_params(run, cfg, mesh, *, weights, step):
     if step not in (steps := find_steps(root)):
       raise ValueError(f"--step={step} was not saved; saved: {', '.join(map(str, steps))}")
     path = root / str(step)
-  _, abstract = abstract_params(cfg, mesh)
-  if weights == "ema":  # Always kept in float32.
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=a.sharding), abstract)
-  found, meta, rejected = find_params(path, abstract, weights)
+
+  def make_abstract():
+    _, abstract = abstract_params(cfg, mesh)
+    if weights != "ema":
+      return abstract
+    kept = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=a.sharding)  # Always in float32.
+    return jax.tree.map(kept, abstract)
+
+  found, meta, rejected = find_params(path, make_abstract, weights)
   return found, meta["step"], weights, rejected
 
 

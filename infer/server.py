@@ -17,7 +17,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import gc
-import importlib
+import importlib.util
 import re
 import sys
 
@@ -38,6 +38,7 @@ NUMBERS = {
   "stuck_s": (float, 60.0, 1.0, "seconds without a step before the engine is taken for dead"),
   "drain_s": (float, 30.0, 0.0, "seconds that texts get to end after SIGTERM"),
 }
+NEEDED = "flatbuffers", "llguidance", "prometheus_client", "starlette", "uvicorn"  # Of the extra [serve].
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,13 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if f.name != "key"}
     options = Options(key=read_key(args.host, args.api_key_file), **given)
     listener = bind(args.host, args.port)  # Before the minutes that a large model takes to load.
-    for name in ("llguidance", "prometheus_client", "starlette", "uvicorn"):
-      importlib.import_module(name)
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+      raise ValueError(f"no module {', '.join(missing)}; pip install -e '.[serve]'")
   except ValueError as e:
     print(f"{parser.prog}: error: {e}", file=sys.stderr)
-    return 2
-  except ImportError as e:
-    print(f"{parser.prog}: error: {e}; pip install -e '.[serve]'", file=sys.stderr)
     return 2
   gc.disable()  # What is imported, traced and loaded stays.
   from jax.errors import JaxRuntimeError  # JAX and its devices, after the cheap mistakes.
@@ -121,6 +119,9 @@ def _load(args):
   Raises:
     ValueError: a mistake in the flags, or a folder that is not what they say.
   """
+  from data.chat import RENDERER
+  if args.model:
+    RENDERER.start()  # Is ready when the template is tried.
   from infer.generate import find_run
   from infer.load import find_ends, load_model, open_chat, open_run
   run = open_run(find_run(args.run)) if args.run else open_run(args.model, "--model")
@@ -131,7 +132,7 @@ def _load(args):
                                  tensor=args.tensor)
   engine = Engine(cfg, params, mesh, stop_ids=stop_ids, slots=args.slots, page_size=args.page_size,
                   n_pages=args.pages, max_length=args.max_length, prefill_chunk=args.prefill_chunk,
-                  cache_dtype=args.cache_dtype, ring_windows=args.ring_windows)
+                  cache_dtype=args.cache_dtype, ring_windows=args.ring_windows, keep_traced=True)
   with concurrent.futures.ThreadPoolExecutor(1) as beside:
     compiling = beside.submit(engine.compile_all)
     served = _serve_as(args, run, chat, cfg, engine, stop_ids)

@@ -91,6 +91,11 @@ def empty_state(cfg, W, S, n_pages, page_size, cache_dtype, ring_chunk=None) -> 
                zeros(W, S + 1, cfg.padded_vocab_size))
 
 
+def made_like(has_chunk: bool) -> Made:
+  """The structure of what a step makes."""
+  return Made((0,) * 4, (0,) * 3 if has_chunk else ())
+
+
 def run_step(graphdef, weights, inputs: Inputs, state: State) -> tuple[State, Made]:
   params, layers = weights
   model = nnx.merge(graphdef, params)
@@ -140,7 +145,7 @@ def _ring_pages(slot, at, nobody, n):
   return jnp.where(slot == nobody, 0, 1 + n * slot + at % n)
 
 
-def fork(state: State, slot_WN, token_WN, from_WN, to_WN) -> State:
+def fork(state: State, slot_WN, token_WN, from_WN, to_WN) -> tuple[State]:
   """Says the last token of slots, and copies whole pages; slot S and page 0 are nobody's."""
   def local(state, slot_1N, token_1N, from_1N, to_1N):
     copy = lambda a: a.at[0, to_1N[0]].set(a[0, from_1N[0]])
@@ -149,7 +154,7 @@ def fork(state: State, slot_WN, token_WN, from_WN, to_WN) -> State:
 
   args = state, slot_WN, token_WN, from_WN, to_WN
   specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, args)
-  return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+  return (jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(*args),)
 
 
 def _each_way(rules, f):

@@ -411,20 +411,22 @@ def test_weights_are_read_while_programs_are_compiled(monkeypatch):
   unread, lowered = Unread(jax.tree.map(jax.typeof, params), None, "params"), threading.Event()
   make = lambda: Engine(cfg, unread, mesh_of("one"), slots=4, page_size=4, max_length=200, prefill_chunk=16,
                         row_buckets=(4,))
-  monkeypatch.setattr(Unread, "read", lambda _: lowered.wait(60) and params)
+  there = make_engine("gqa")
+  there.warm_up()
+  monkeypatch.setattr("infer.engine.read_weights", lambda *_: lowered.wait(60) and there._weights)
   engine = make()
   lower = engine._lower
   monkeypatch.setattr(engine, "_lower", lambda *args: (lower(*args), lowered.set())[0])
   engine.warm_up()
   texts, n = texts_of((30, 20), (9, 1)), engine.counters["compiles"]
-  for got, wanted in zip(forced_logprobs(engine, texts), forced_logprobs(make_engine("gqa"), texts)):
+  for got, wanted in zip(forced_logprobs(engine, texts), forced_logprobs(there, texts)):
     np.testing.assert_array_equal(got, wanted)
   assert n == engine.counters["compiles"] == len(engine.programs)
 
-  def fail(_):
+  def fail(*_):
     raise OSError("the disk is gone")
 
-  monkeypatch.setattr(Unread, "read", fail)
+  monkeypatch.setattr("infer.engine.read_weights", fail)
   with pytest.raises(OSError, match="the disk is gone"):
     make().warm_up()
   engine = make()

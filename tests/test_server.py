@@ -542,15 +542,14 @@ def test_short_keys_are_none(tmp_path, capsys):
 
 def test_weights_that_cannot_be_read_end_the_start(tmp_path, capsys, monkeypatch):
   """Whether that is seen before anything is compiled, or while it is."""
-  from model.hub.orbax import Unread
   from tests.real_engine import tiny_folder
 
-  def fail(_):
+  def fail(*_):
     raise OSError("the disk is gone")
 
   flags = f"--model={tiny_folder(tmp_path)}", "--port=0", "--slots=1", "--prefill_chunk=32"
   assert main([*flags, "--step=7"]) == 2 and "--step=7 was not saved" in capsys.readouterr().err
-  monkeypatch.setattr(Unread, "read", fail)
+  monkeypatch.setattr("infer.engine.read_weights", fail)
   assert main([*flags]) == 1
   said = capsys.readouterr().err
   assert "at step 0: params" in said and "failed: OSError: the disk is gone" in said and gc.isenabled()

@@ -23,7 +23,6 @@ import orbax.checkpoint as ocp
 
 STATE, META, MANIFEST = "state", "meta.json", "manifest.json"
 MANIFEST_FORMAT = 1
-HASH_BLOCK = 1 << 22  # Bytes read at a time.
 
 
 class CheckpointError(RuntimeError):
@@ -142,12 +141,10 @@ def _hash_files(step_dir, names, sync=False):
   and releases the interpreter lock, so threads add up (two: 3.5) until the disk is the limit.
   """
   def hash_one(name):
-    digest, size = hashlib.sha256(), 0
     try:
       with open(step_dir / name, "rb", buffering=0) as f:
-        while block := f.read(HASH_BLOCK):
-          digest.update(block)
-          size += len(block)
+        digest = hashlib.file_digest(f, "sha256")
+        size = f.tell()
         if sync:
           os.fsync(f.fileno())
     except OSError as e:
@@ -213,7 +210,7 @@ def restore_arrays(step_dir, abstract, *, partial: bool = False):
 
 def restore_params(path, abstract_params, which: str = "params"):
   """`find_params`, read: (params, meta, rejected)."""
-  found, *more = find_params(path, abstract_params, which)
+  found, *more = find_params(path, lambda: abstract_params, which)
   return found.read(), *more
 
 
@@ -228,12 +225,12 @@ class Unread:
     return _restore(self.step_dir, {self.which: self.abstract}, partial=True)[self.which]
 
 
-def find_params(path, abstract_params, which: str = "params"):
+def find_params(path, make_abstract, which: str = "params"):
   """The parameters alone, of the newest good checkpoint of a run; the optimizer is not read.
 
   Args:
     path: a run's folder, its checkpoints folder, or one step.
-    abstract_params: as `restore_arrays`'s.
+    make_abstract: () -> as `restore_arrays`'s `abstract`; called while every byte is read.
     which: "params", or "ema" for their moving average.
 
   Returns:
@@ -245,16 +242,23 @@ def find_params(path, abstract_params, which: str = "params"):
     CheckpointError: what was saved is damaged.
     ValueError: it is of another shape, or has no `which`.
   """
-  step_dir, rejected = pathlib.Path(path), []
-  if is_step(step_dir):
-    if damage := find_damage(step_dir):
-      raise CheckpointError(f"{step_dir} is damaged: {_shorten(damage)}")
-  else:
+  with concurrent.futures.ThreadPoolExecutor(1) as beside:
+    finding = beside.submit(_find_sound, path)
+    abstract = make_abstract()
+    step_dir, rejected = finding.result()
+  _check_fit(step_dir, {which: abstract}, partial=True)
+  return Unread(abstract, step_dir, which), read_meta(step_dir), rejected
+
+
+def _find_sound(path):
+  if not is_step(path):
     step_dir, rejected = find_newest_good(find_checkpoints(path))
     if step_dir is None:
       raise FileNotFoundError(f"{path} has no finished checkpoint yet")
-  _check_fit(step_dir, {which: abstract_params}, partial=True)
-  return Unread(abstract_params, step_dir, which), read_meta(step_dir), rejected
+    return step_dir, rejected
+  if damage := find_damage(path):
+    raise CheckpointError(f"{path} is damaged: {_shorten(damage)}")
+  return pathlib.Path(path), []
 
 
 def check_shapes(path, abstract_params, which: str = "params") -> None:

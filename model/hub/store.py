@@ -88,20 +88,34 @@ class StateWriter:
 
 
 class StateReader:
-  """Slices of the arrays of one step: reader["params/embed"][0:5] is a NumPy array."""
+  """Slices of the arrays of one step."""
 
-  def __init__(self, path):
+  def __init__(self, path, cache: int = CACHE):
+    """cache: bytes of chunks that are kept, for the slices that come after."""
     self._path = pathlib.Path(path).absolute()
-    self._context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE}})
+    self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     self._arrays = {}
 
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._open(name).shape
+
   def read(self, name: str, where: tuple) -> np.ndarray:
+    """reader.read("params/embed", (slice(0, 5),))"""
+    return self._open(name)[where].read().result()
+
+  def read_into(self, name: str, where: tuple, target: np.ndarray) -> ts.Future:
+    """Begins to read a slice into an array, whatever its strides; cast to its dtype. Done when the future's
+    result() returns."""
+    source = ts.cast(self._open(name)[where], target.dtype)
+    return ts.array(target, context=self._context, copy=False).write(source)
+
+  def _open(self, name):
     if name not in self._arrays:
       self._arrays[name] = ts.open({
         "driver": "zarr3", "recheck_cached_data": "open",
         "kvstore": {"driver": "ocdbt", "base": f"file://{self._path}", "path": name.replace("/", ".") + "/"},
       }, context=self._context, open=True).result()
-    return self._arrays[name][where].read().result()
+    return self._arrays[name]
 
 
 def name_params(params) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 from model.hub.orbax import STATE, Unread
 from model.hub.store import StateReader
 from model.sharding import place
-from model.transformer import Turns, layer_place, stack_dims
+from model.transformer import JOINED, Turns, layer_place, stack_dims
 
 
 def read_weights(cfg, mesh, unread: Unread, shapes, turns: Turns | None):
@@ -27,8 +27,8 @@ def read_weights(cfg, mesh, unread: Unread, shapes, turns: Turns | None):
   params, layers = shapes
   begun, made = collections.deque(), []
 
-  def begin(source, n_lead, n_turned, leaves):
-    begun.append(_begin(reader, mesh, f"{unread.which}/{source}", n_lead, n_turned, leaves))
+  def begin(sources, *how):
+    begun.append(_begin(reader, mesh, [f"{unread.which}/{name}" for name in sources], *how))
     if len(begun) > 1:  # One is read while the one before is put on the devices.
       made.append(begun.popleft()())
 
@@ -39,13 +39,14 @@ def read_weights(cfg, mesh, unread: Unread, shapes, turns: Turns | None):
       {name: a for name, a in params.items() if name not in ("first_blocks", "blocks")})
   for path, leaf in alone:
     name = _name(path)
-    begin(name, 0, int(turns is not None and name in turns.heads), [leaf])
+    begin([name], 0, int(turns is not None and name in turns.heads), [leaf])
   for (blocks, i), ns in stacks.items():
     n_turned = jax.tree.leaves(turns.layers[ns[0]] if turns else jax.tree.map(lambda _: 0, layers[ns[0]]))
     of_layers = zip(*(jax.tree.leaves(layers[n]) for n in ns))
     for (path, _), n, leaves in zip(jax.tree_util.tree_leaves_with_path(layers[ns[0]]), n_turned, of_layers):
       name = f"{blocks}/{i}/{_name(path)}"
-      begin(name, stack_dims(cfg, name), n, leaves)
+      joined = JOINED if turns and turns.are_joined and name.endswith("/attention/wq") else (path[-1].key,)
+      begin([f"{name.rpartition('/')[0]}/{each}" for each in joined], stack_dims(cfg, name), n, leaves)
   made += [end() for end in begun]
 
   whole = alone_tree.unflatten([leaf for leaf, in made[:len(alone)]])
@@ -60,10 +61,10 @@ def read_weights(cfg, mesh, unread: Unread, shapes, turns: Turns | None):
   return {**whole, **stubs}, by_layer
 
 
-def _begin(reader, mesh, name, n_lead, n_turned, leaves):
-  """Begins to read an array of the checkpoint: a function that waits for it, and returns those of `leaves`,
-  which are its parts along n_lead dims."""
-  lead, shape, dtype = reader.shape(name)[:n_lead], leaves[0].shape, leaves[0].dtype
+def _begin(reader, mesh, names, n_lead, n_turned, leaves):
+  """Begins to read arrays of the checkpoint, beside each other if they are several: a function that waits for
+  them, and returns `leaves`, which are their parts along n_lead dims."""
+  lead, shape, dtype = reader.shape(names[0])[:n_lead], leaves[0].shape, leaves[0].dtype
   sharding = place(mesh, leaves[0].sharding.spec)
   parts, of_device = {}, {}  # What several devices hold is read once.
   for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -74,12 +75,19 @@ def _begin(reader, mesh, name, n_lead, n_turned, leaves):
     into = _empty((*lead, *(stop - start for start, stop in bounds)), dtype)
     index = (*index[len(index) - n_turned:], *index[:len(index) - n_turned])
     as_stored = np.moveaxis(into, range(-n_turned, 0), range(n_lead, n_lead + n_turned))
-    parts[bounds] = into, reader.read_into(name, (slice(None),) * n_lead + index, as_stored)
+    reading, at = [], 0
+    for name in names:
+      n = reader.shape(name)[n_lead + n_turned] if len(names) > 1 else None
+      beside = (slice(None),) * (n_lead + n_turned) + (slice(at, n and at + n),)
+      reading.append(reader.read_into(name, (slice(None),) * n_lead + index, as_stored[beside]))
+      at += n or 0
+    parts[bounds] = into, reading
 
   def end():
     by_part = {}
     for bounds, (into, reading) in parts.items():
-      reading.result()
+      for each in reading:
+        each.result()
       by_part[bounds] = into.reshape(-1, *into.shape[n_lead:])
     return [jax.make_array_from_single_device_arrays(
       shape, sharding, [jax.device_put(by_part[bounds][n], device) for device, bounds in of_device.items()])

@@ -81,10 +81,19 @@ class GQAttention(nnx.Module):
       heads = ((N,), (K,)) if cfg.qk_norm_over == "all" else ((), ())
       self.q_norm, self.k_norm = (lookup(NORM, cfg.qk_norm)(cfg, *n, H) for n in heads)
 
+  def join(self):
+    """From here on wq is wq, wk and wv beside each other, [D, N + 2 K, H]: one product."""
+    self.wk = self.wv = None
+
   def project(self, x_BTD, pos_BT):
     """(q_BTNH, k_BTKH, v_BTKH), turned to their positions."""
     cfg, window = self.cfg, self.window
-    q_BTNH, k_BTKH, v_BTKH = (linear(cfg, "BTD,DNH->BTNH", x_BTD, w) for w in (self.wq, self.wk, self.wv))
+    if self.wk is None:
+      N, K = cfg.n_heads, cfg.n_kv_heads
+      parts = jnp.split(linear(cfg, "BTD,DNH->BTNH", x_BTD, self.wq), (N, N + K), axis=2)
+    else:
+      parts = (linear(cfg, "BTD,DNH->BTNH", x_BTD, w) for w in (self.wq, self.wk, self.wv))
+    q_BTNH, k_BTKH, v_BTKH = parts
     if cfg.qkv_bias:
       q_BTNH, k_BTKH, v_BTKH = (x + lift(read(cfg, b), 4) for x, b in
                                 ((q_BTNH, self.q_bias), (k_BTKH, self.k_bias), (v_BTKH, self.v_bias)))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.attention import ATTENTION
+from model.attention import ATTENTION, GQAttention
 from model.config import ModelConfig
 from model.context import CONTEXT
 from model.exchange import EXCHANGE
@@ -397,43 +397,62 @@ def make_unstack(cfg, turns=None):
   """params -> (params without the blocks' arrays, one tree of arrays a layer), traced once: decode reads each
   layer's weights where they lie, instead of a slice of the stack. With `turns`, of `turn_weights`, they are
   turned, in one copy."""
+  def join(layer, beside):
+    if not (turns and turns.are_joined):
+      return layer
+    attention = dict(layer["attention"])
+    return {**layer, "attention": attention | {"wq": beside([attention.pop(name) for name in JOINED])}}
+
   @jax.jit
   def slice_all(stacks, heads):
     turn_one = lambda n, a: jnp.moveaxis(a, range(n), range(-n, 0))
     layers = []
     for n in range(cfg.n_layers):
       blocks, i, pick = layer_place(cfg, n)
-      layer = jax.tree.map(pick, stacks[blocks][i])
+      layer = join(jax.tree.map(pick, stacks[blocks][i]), lambda parts: jnp.concatenate(parts, axis=1))
       layers.append(jax.tree.map(turn_one, turns.layers[n], layer) if turns else layer)
     return layers, {name: turn_one(1, a) for name, a in heads.items()}
 
   def unstack(params):
     stacks = {name: params[name] for name in ("first_blocks", "blocks") if name in params}
     layers, heads = slice_all(stacks, {name: params[name] for name in (turns.heads if turns else ())})
-    return {**params, **jax.tree.map(lambda a: jnp.zeros(()), stacks), **heads}, layers
+    stubs = jax.tree.map(lambda a: jnp.zeros(()), stacks)
+    stubs = {name: {i: join(layer, lambda parts: parts[0]) for i, layer in stack.items()}
+             for name, stack in stubs.items()}
+    return {**params, **stubs, **heads}, layers
 
   return unstack
+
+
+JOINED = "wq", "wk", "wv"
 
 
 class Turns(typing.NamedTuple):
   """Which weights of `make_unstack` are turned."""
   layers: list  # For each layer's arrays: how many dims, as model.products has it.
   heads: tuple[str, ...]  # Parameters beside them, by one dim.
+  are_joined: bool  # JOINED of each layer's attention are one array, "wq", before that.
 
 
 def turn_weights(cfg, graphdef, params):
   """(graphdef, Turns) of weights as a CPU multiplies few tokens fastest (model.products); `params` may be
-  abstract."""
+  abstract. Where no heads are split, their three products are one: a small one has a single thread."""
   model = nnx.merge(graphdef, params)
-  heads = {"unembed": model.unembed} if cfg.head == "untied" else {}
+  outputs = {"unembed": model.unembed} if cfg.head == "untied" else {}
   stacks = {name: getattr(model, name) for name in ("first_blocks", "blocks") if hasattr(model, name)}
   is_param = lambda x: isinstance(x, nnx.Variable)
-  for param in jax.tree.leaves((nnx.state(nnx.Dict(stacks)), heads), is_leaf=is_param):
+  for param in jax.tree.leaves((nnx.state(nnx.Dict(stacks)), outputs), is_leaf=is_param):
     turn(param)
   if cfg.head == "tied":
     model.embed.set_metadata(n_turned=1)  # It lies so.
 
   blocks = [stacks[name][i] for name, i, _ in (layer_place(cfg, n) for n in range(cfg.n_layers))]
+  heads = cfg.rules.heads
+  are_joined = (heads == cfg.rules.kv_heads and ways(jax.sharding.get_abstract_mesh(), heads) == 1
+                and all(type(block.attention) is GQAttention for block in blocks))
+  for stack in stacks.values() if are_joined else ():
+    for block in stack.values():
+      block.attention.join()
   turned_dims = lambda state: jax.tree.map(lambda p: p.replace(turned(p)), state, is_leaf=is_param)
   n_turned = [nnx.to_pure_dict(turned_dims(nnx.state(block))) for block in blocks]
-  return nnx.split(model)[0], Turns(n_turned, tuple(heads))
+  return nnx.split(model)[0], Turns(n_turned, tuple(outputs), are_joined)

@@ -423,8 +423,9 @@ class Engine:
 
   def _fork(self, plans):
     """The texts of searches go on with the tokens that were chosen, in pages of their own."""
-    self._prepare()
-    self._state, = self._compiled("fork", self._state, *self._put_forks(plans))
+    forks = self._put_forks(plans)
+    run = self._program("fork", self._shapes[1], *forks)
+    self._state, = run(self._state, *forks)
 
   def _put_forks(self, plans):
     slot_WN = np.full((self.n_ways, self.slots), self.slots, np.int32)
@@ -437,20 +438,22 @@ class Engine:
     return self._put([slot_WN, token_WN, from_WN, to_WN])
 
   def _run(self, plans, R, C):
-    self._prepare()
-    self._state, made = self._compiled((R, C), self._weights, self._put_changed(plans, R, C), self._state)
+    inputs, (weights, state) = self._put_changed(plans, R, C), self._shapes
+    run = self._program((R, C), weights, inputs, state)
+    self._state, made = run(self._weights, inputs, self._state)
     return made
 
-  def _compiled(self, key, *args):
+  def _program(self, key, *shapes):
+    """To be run at once; if it is not there it is compiled, while the weights are read."""
     if key not in self.programs:
       began = time.perf_counter()
-      self.programs[key] = self._lower(key, *args).compile()
+      self.programs[key] = self._lower(key, *shapes).compile()
       self._counters["compiles"] += 1
       self._counters["compile_s"] += time.perf_counter() - began
     elif key in self._unrun:
       self._unrun.remove(key)
-    with jax.set_mesh(self.mesh):
-      return self.programs[key](*args)
+    self._prepare()
+    return self.programs[key]
 
   def _lower(self, key, *args):
     function, state_at = (fork, 0) if key == "fork" else (self._one_step, 2)

@@ -450,7 +450,7 @@ def _make_engine(run, args, header, stop_ids, max_length):
   from infer.load import load_model
   cfg, params, mesh = load_model(run, compute_dtype=args.compute_dtype, weights=header["weights"],
                                  step=header["step"], tensor=args.tensor)
-  return Engine(cfg, params.read(), mesh, stop_ids=stop_ids, slots=args.slots, max_length=max_length)
+  return Engine(cfg, params, mesh, stop_ids=stop_ids, slots=args.slots, max_length=max_length)
 
 
 # What is reported.

@@ -221,7 +221,7 @@ def _make_engine(args, run, stop_ids, n_texts, longest):
                                  tensor=args.tensor)
   power = lambda n: 2**(n - 1).bit_length()
   slots = min(args.batch_size, power(n_texts))
-  return Engine(cfg, params.read(), mesh, stop_ids=stop_ids, slots=slots, max_length=max(256, power(longest)),
+  return Engine(cfg, params, mesh, stop_ids=stop_ids, slots=slots, max_length=max(256, power(longest)),
                 row_buckets=(-(-slots // ways(mesh, cfg.rules.batch)),))
 
 

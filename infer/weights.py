@@ -7,7 +7,7 @@ import mmap
 import jax
 import numpy as np
 
-from model.hub.orbax import STATE, Unread
+from model.hub.orbax import STATE, CheckpointError, Unread
 from model.hub.store import StateReader
 from model.sharding import place
 from model.transformer import JOINED, Turns, layer_place, stack_dims
@@ -21,8 +21,15 @@ def read_weights(cfg, mesh, unread: Unread, shapes, turns: Turns | None):
     shapes: of the result, as (params, layers).
 
   Raises:
-    ValueError, OSError: the files cannot be read.
+    CheckpointError: the files cannot be read.
   """
+  try:
+    return _read_all(cfg, mesh, unread, shapes, turns)
+  except (OSError, ValueError) as e:  # TensorStore's.
+    raise CheckpointError(f"{unread.step_dir} cannot be read: {e}") from None
+
+
+def _read_all(cfg, mesh, unread, shapes, turns):
   reader = StateReader(unread.step_dir / STATE, cache=0)
   params, layers = shapes
   begun, made = collections.deque(), []

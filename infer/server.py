@@ -126,6 +126,8 @@ def _load(args):
   from infer.load import find_ends, load_model, open_chat, open_run
   run = open_run(find_run(args.run)) if args.run else open_run(args.model, "--model")
   chat = open_chat(run) if args.model else None
+  if chat is None:
+    RENDERER.close()
   stop_ids = find_ends(run, chat) if args.model else (run.tokenizer.eos_id,)
   from infer.engine import Engine
   cfg, params, mesh = load_model(run, compute_dtype=args.compute_dtype, weights=args.weights, step=args.step,

@@ -44,12 +44,14 @@ class Traced:
       args: trees of arrays, or of jax.ShapeDtypeStruct with shardings.
       result: a tree with the structure of what the function returns.
     """
+    if self._folder is None:
+      return jax.jit(function, donate_argnums=donated).lower(*args)
     name, structure = getattr(function, "func", function).__name__, jax.tree.structure(result)
     leaves, tree = jax.tree.flatten(args)
     given = [(a.shape, str(a.dtype), str(getattr(a.sharding, "spec", None))) for a in leaves]
     key = hashlib.sha256(repr((name, self._of, str(tree), str(structure), given)).encode()).hexdigest()
-    file = self._folder and self._folder / f"traced_{name}-{key}"
-    if (exported := file and _read(file)) is None:
+    file = self._folder / f"traced_{name}-{key}"
+    if (exported := _read(file)) is None:
 
       def flat(*leaves):
         made = function(*tree.unflatten(leaves))
@@ -60,8 +62,7 @@ class Traced:
         exported = export.export(jax.jit(flat))(*leaves)
       except (ValueError, NotImplementedError):  # Something of it cannot be kept.
         return jax.jit(function, donate_argnums=donated).lower(*args)
-      if file:
-        _write(file, exported)
+      _write(file, exported)
 
     def call(*args):
       return structure.unflatten(exported.call(*jax.tree.leaves(args)))
@@ -73,10 +74,11 @@ class Traced:
 def _hash_sources() -> str:
   files = {file for folder in OURS for file in folder.rglob("*.py")}
   installed = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-  installed = tuple(os.path.join(os.path.realpath(folder), "") for folder in (
-    *installed, *site.getsitepackages(), site.getusersitepackages()))
+  installed += [*site.getsitepackages(), site.getusersitepackages()]
+  installed = tuple(os.path.join(path, "") for folder in installed
+                    for path in (os.path.abspath(folder), os.path.realpath(folder)))
   for module in [*sys.modules.values()]:
-    path = os.path.realpath(getattr(module, "__file__", None) or "")
+    path = os.path.abspath(getattr(module, "__file__", None) or "")
     if path.endswith(".py") and not path.startswith(installed):
       files.add(pathlib.Path(path))
   hashes = sorted((file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files)

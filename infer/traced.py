@@ -81,8 +81,14 @@ def _hash_sources() -> str:
     path = os.path.abspath(getattr(module, "__file__", None) or "")
     if path.endswith(".py") and not path.startswith(installed):
       files.add(pathlib.Path(path))
-  hashes = sorted((file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files)
-  return hashlib.sha256(repr(hashes).encode()).hexdigest()
+  return hashlib.sha256(repr(sorted(map(_hash_source, files))).encode()).hexdigest()
+
+
+def _hash_source(file):
+  try:
+    return file.name, hashlib.sha256(file.read_bytes()).hexdigest()
+  except OSError:  # A module may have outlived it.
+    return str(file), "gone"
 
 
 def _read(file):

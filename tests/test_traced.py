@@ -91,6 +91,8 @@ def test_a_source_that_changes_is_traced_again(folder, tmp_path_factory, monkeyp
   assert [counted.look() for _ in range(2)] == [1, 0]
   (place / "my_layer_of_this_test.py").write_text("A = 1\n")
   assert counted.look() == 0
+  (place / "my_layer_of_this_test.py").unlink()
+  assert [counted.look() for _ in range(2)] == [1, 0]
   del sys.modules["my_layer_of_this_test"]
   ours = place / "model"
   ours.mkdir()

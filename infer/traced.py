@@ -1,4 +1,4 @@
-"""Programs as they were traced, kept beside what was compiled of them: tracing is a third of the work of a
+"""Programs as they were traced, kept beside what was compiled of them: tracing is a quarter of the work of a
 start that compiles nothing.
 
 A program is found again by all that it is made of: the sources of `infer`, `model` and of every module that

@@ -557,6 +557,13 @@ def test_weights_that_cannot_be_read_end_the_start(tmp_path, capsys, monkeypatch
   assert main([*flags]) == 1 and "damaged" in capsys.readouterr().err
 
 
+def test_a_missing_extra_is_named(capsys, monkeypatch):
+  monkeypatch.setattr("infer.server.NEEDED", ("starlette", "no_such_module"))
+  assert main(["--model=/nowhere", "--port=0"]) == 2
+  said = capsys.readouterr().err
+  assert "no module no_such_module; pip install -e '.[serve]'" in said and "starlette" not in said
+
+
 def test_help_names_every_flag():
   text = make_parser().format_help()
   for name in ("--model", "--host", "--api_key_file", "--slots", "--drain_s", "--stuck_s", "SIGTERM"):
